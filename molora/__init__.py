@@ -1,0 +1,10 @@
+"""Mixtures of LoRA experts: wrap a model, train it, route per token, collapse."""
+
+from molora.config import AdapterConfig as AdapterConfig
+from molora.model import disabled as disabled
+from molora.model import merge as merge
+from molora.model import record_routing as record_routing
+from molora.model import tasks as tasks
+from molora.model import unmerge as unmerge
+from molora.model import unwrap as unwrap
+from molora.model import wrap as wrap

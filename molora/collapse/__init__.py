@@ -1,0 +1,1 @@
+"""From a mixture to one adapter: one file per method."""

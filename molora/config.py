@@ -1,0 +1,212 @@
+"""AdapterConfig: which layers get a bank, of which experts, behind which router.
+
+Strict, immutable, serialisable. Everything that can be refused without the model is
+refused when the config is built; what needs the model (targets) when it is wrapped.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import pydantic
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from molora.errors import ConfigError
+from molora.experts import EXPERTS
+from molora.experts.base import ExpertsConfig
+from molora.routers import OBJECTIVES, ROUTERS
+from molora.routers.balance import ObjectiveConfig
+from molora.routers.base import RouterConfig
+from molora.schema import Schema, nearest
+
+
+class Override(Schema):
+    """Other settings for the target layers whose module path matches."""
+
+    match: str
+    """Regular expression, searched in the module path."""
+    experts: dict[str, Any] = {}
+    """Fields of ``experts`` to replace."""
+    router: dict[str, Any] = {}
+    """Fields of ``router`` to replace."""
+
+    @pydantic.field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        return _regex(value)
+
+    @pydantic.model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.experts and not self.router:
+            raise ValueError("an override needs experts or router settings to replace")
+        return self
+
+
+class SiteConfig(Schema):
+    """Settings of one target layer, overrides applied."""
+
+    experts: pydantic.SerializeAsAny[ExpertsConfig]
+    """Settings of the expert family."""
+    router: pydantic.SerializeAsAny[RouterConfig]
+    """Settings of the router."""
+
+
+class AdapterConfig(Schema):
+    """A mixture: target layers, experts, router, balance objectives.
+
+    A YAML of this form, or one that holds it under ``adapter:``, is read by
+    ``from_yaml``.
+    """
+
+    target_modules: list[str] | str
+    """Module path suffixes, or one regular expression for whole paths, or all-linear."""
+    exclude_modules: list[str] | str = []
+    """What to leave out: suffixes, or one regular expression."""
+    experts: pydantic.SerializeAsAny[ExpertsConfig]
+    """Expert family, its size and scale."""
+    router: pydantic.SerializeAsAny[RouterConfig]
+    """How tokens choose experts."""
+    balance: list[pydantic.SerializeAsAny[ObjectiveConfig]] = []
+    """Objectives added to the loss, per routed site."""
+    overrides: list[Override] = []
+    """Other settings for some layers; the first match wins."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _build_blocks(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        blocks = dict(raw)
+        blocks.setdefault("router", {"kind": "none"})
+        if isinstance(blocks.get("experts"), Mapping):
+            blocks["experts"] = _build(EXPERTS, blocks["experts"], "experts")
+        if isinstance(blocks["router"], Mapping):
+            blocks["router"] = _build(ROUTERS, blocks["router"], "router")
+        balance = blocks.get("balance", [])
+        if isinstance(balance, list):
+            blocks["balance"] = [
+                _build(OBJECTIVES, item, f"balance[{i}]")
+                if isinstance(item, Mapping)
+                else item
+                for i, item in enumerate(balance)
+            ]
+        return blocks
+
+    @pydantic.field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _compiles(cls, value: list[str] | str) -> list[str] | str:
+        if isinstance(value, str) and value != "all-linear":
+            _regex(value)
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _means_something(self) -> Self:
+        if not self.target_modules:
+            raise ValueError("target_modules: name at least one layer, or all-linear")
+        _check_pair(self.experts, self.router, "")
+        for i, override in enumerate(self.overrides):
+            self._merged(override, f"overrides[{i}].")
+        kinds = [objective.kind for objective in self.balance]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"balance: an objective is listed twice: {kinds}")
+        if self.balance and not self._any_routed():
+            raise ValueError(
+                "balance: there is nothing to balance, every layer has one expert; "
+                "drop the balance block or set num_experts above 1"
+            )
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a YAML file that holds an adapter, alone or under ``adapter:``.
+
+        Raises:
+            ConfigError: The file is missing, is no YAML, or holds a wrong setting.
+        """
+        raw = read_yaml(path)
+        if "adapter" in raw:
+            return cls.from_dict(raw["adapter"], "adapter")
+        return cls.from_dict(raw)
+
+    def site(self, path: str) -> SiteConfig:
+        """Settings of the target layer at a module path."""
+        for i, override in enumerate(self.overrides):
+            if re.search(override.match, path):
+                return self._merged(override, f"overrides[{i}].")
+        return SiteConfig(experts=self.experts, router=self.router)
+
+    def _merged(self, override: Override, where: str) -> SiteConfig:
+        experts = _replace(EXPERTS, self.experts, override.experts, where + "experts")
+        router = _replace(ROUTERS, self.router, override.router, where + "router")
+        _check_pair(experts, router, where)
+        return SiteConfig(experts=experts, router=router)
+
+    def _any_routed(self) -> bool:
+        sites = [self.experts] + [self._merged(o, "").experts for o in self.overrides]
+        return any(experts.num_experts > 1 for experts in sites)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Parse a YAML mapping.
+
+    Raises:
+        ConfigError: The file is missing, is no YAML, or holds no mapping.
+    """
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError:
+        near = nearest(Path(path).name, [p.name for p in Path(path).parent.glob("*")])
+        raise ConfigError(f"{path}: no such file.{near}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, expected a YAML file") from None
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings at the top level")
+    return {str(key): value for key, value in raw.items()}
+
+
+def _regex(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    return value
+
+
+def _build(registry: Any, raw: Mapping[str, Any], where: str) -> Any:
+    """Build one registered settings block from its ``kind``."""
+    if "kind" not in raw:
+        names = ", ".join(registry.names())
+        raise ConfigError(f"{where}.kind: this field is required; one of {names}")
+    try:
+        cls = registry[str(raw["kind"])]
+    except ConfigError as error:
+        raise ConfigError(f"{where}.kind: {error}") from None
+    return cls.Config.from_dict(raw, where)
+
+
+def _replace(registry: Any, base: Schema, changes: dict[str, Any], where: str) -> Any:
+    """Return base with the changes of an override; a new kind starts from defaults."""
+    if not changes:
+        return base
+    before = base.model_dump(exclude_unset=True)
+    if changes.get("kind", before.get("kind")) != before.get("kind"):
+        keep = {"num_experts": before["num_experts"]} if "num_experts" in before else {}
+        before = keep
+    return _build(registry, {**before, **changes}, where)
+
+
+def _check_pair(experts: ExpertsConfig, router: RouterConfig, where: str) -> None:
+    """Refuse a router that means nothing with this number of experts."""
+    reason = ROUTERS[router.kind].check(router, experts.num_experts)
+    if reason:
+        raise ConfigError(f"{where}{reason}")
+    if experts.num_experts == 1 and router.kind != "none" and not where:
+        raise ConfigError(
+            f"router.kind={router.kind!r} with num_experts=1: one expert needs no "
+            "router; set router.kind to none, or num_experts above 1"
+        )

@@ -1,0 +1,367 @@
+"""What routing needs from the running model: token mask, tasks of the rows, records.
+
+A ``ForwardContext`` belongs to one forward of the whole model. A hook makes it from the
+arguments of that forward; activation checkpointing carries it into the recomputation
+(``ContextCheckpoint``), which may come after other forwards. The ``Runtime`` is what
+all sites of one wrapped model share.
+
+Shape legend
+    B rows   S positions   T = B * S tokens   E experts
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from molora.errors import RoutingError
+
+if TYPE_CHECKING:
+    from molora.routers.base import Routing
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """One forward of the wrapped model.
+
+    Attributes:
+        mask_BS: True at real tokens; None when every token is real.
+        tasks: Task of each row, as given to ``molora.tasks``; None when not given.
+        mask_source: Which argument the mask came from, for messages.
+    """
+
+    mask_BS: Tensor | None = None
+    tasks: tuple[str, ...] | None = None
+    mask_source: str = "none"
+
+    def token_mask(self, shape: Sequence[int], site: str) -> Tensor | None:
+        """Flat mask of the tokens that a site sees.
+
+        Args:
+            shape: Shape of the site's input, (B, S, I) or (T, I). A site behind a slice
+                of the last positions (``logits_to_keep``) sees fewer than S.
+            site: Module path, for the message.
+
+        Returns:
+            Bool [T], or None when every token is real.
+
+        Raises:
+            RoutingError: The input cannot be lined up with the mask.
+        """
+        mask_BS = self.mask_BS
+        if mask_BS is None:
+            return None
+        rows, positions = mask_BS.shape
+        tokens = 1
+        for size in shape[:-1]:
+            tokens *= size
+        if tokens == mask_BS.numel():
+            return mask_BS.reshape(-1)
+        if len(shape) == 3 and shape[0] == rows and shape[1] < positions:
+            return mask_BS[:, positions - shape[1] :].reshape(-1)
+        raise RoutingError(
+            f"site {site!r}: its input {tuple(shape)} does not line up with the "
+            f"{self.mask_source} of shape {tuple(mask_BS.shape)}, so padding cannot be "
+            "told from real tokens there. Add the site to exclude_modules, or drop "
+            "the balance objective."
+        )
+
+    def row_tasks(self, rows: int) -> tuple[str, ...] | None:
+        """Tasks of the rows; beams repeat each row's task.
+
+        Raises:
+            RoutingError: The number of rows is no multiple of the number of tasks.
+        """
+        if self.tasks is None:
+            return None
+        if rows % len(self.tasks):
+            raise RoutingError(
+                f"molora.tasks got {len(self.tasks)} tasks for a batch of {rows} rows"
+            )
+        repeat = rows // len(self.tasks)
+        return tuple(task for task in self.tasks for _ in range(repeat))
+
+
+@dataclass
+class SiteRecord:
+    """What one site did during ``record_routing``: sums, and tokens when asked.
+
+    Attributes:
+        tokens: Real tokens seen, by task ("" when no tasks were given).
+        gate_sum: Sum of gates over real tokens, [E] float64 by task.
+        chosen_sum: How often each expert was chosen, [E] float64 by task.
+        gates: With ``keep_tokens``, the gates [B, S, E] of every forward.
+        masks: With ``keep_tokens``, the token mask [B, S] of every forward, or None.
+    """
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    gate_sum: dict[str, Tensor] = field(default_factory=dict)
+    chosen_sum: dict[str, Tensor] = field(default_factory=dict)
+    gates: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass
+class RoutingTrace:
+    """Who was chosen, where: filled while ``molora.record_routing`` is active.
+
+    Attributes:
+        keep_tokens: Keep the gates of every token, not only sums.
+        sites: Record per routed module path, in model order.
+    """
+
+    keep_tokens: bool = True
+    sites: dict[str, SiteRecord] = field(default_factory=dict)
+
+    def add(
+        self,
+        site: str,
+        routing: "Routing",
+        context: ForwardContext,
+        shape: Sequence[int],
+        mask_T: Tensor | None,
+    ) -> None:
+        """File one site's routing of one forward."""
+        record = self.sites.setdefault(site, SiteRecord())
+        gates_TE = routing.gates.detach().float().cpu()
+        chosen_TE = routing.assigned().cpu()
+        rows = shape[0] if len(shape) == 3 else 1
+        gates_BSE = gates_TE.reshape(rows, -1, gates_TE.shape[-1])
+        chosen_BSE = chosen_TE.reshape(gates_BSE.shape)
+        mask_BS = None if mask_T is None else mask_T.cpu().reshape(rows, -1)
+        tasks = context.row_tasks(rows) or ("",) * rows
+        for task in dict.fromkeys(tasks):
+            picked = torch.tensor([t == task for t in tasks])
+            real = picked[:, None].expand(gates_BSE.shape[:2])
+            if mask_BS is not None:
+                real = real & mask_BS
+            record.tokens[task] = record.tokens.get(task, 0) + int(real.sum())
+            for sums, values in (
+                (record.gate_sum, gates_BSE),
+                (record.chosen_sum, chosen_BSE),
+            ):
+                sums[task] = sums.get(task, 0) + values[real].double().sum(0)
+        if self.keep_tokens:
+            record.gates.append(gates_BSE)
+            record.masks.append(mask_BS)
+
+
+@dataclass
+class SiteStats:
+    """Running sums of one site's routing in training; stays on the device.
+
+    Attributes:
+        tokens: Real tokens, a float64 scalar tensor.
+        gate_sum_E: Sum of gates over real tokens.
+        chosen_sum_E: How often each expert was chosen.
+        balance: Unweighted value of each objective, summed over forwards.
+        forwards: How many forwards were added.
+    """
+
+    tokens: Tensor
+    gate_sum_E: Tensor
+    chosen_sum_E: Tensor
+    balance: dict[str, Tensor] = field(default_factory=dict)
+    forwards: int = 0
+
+    @classmethod
+    def empty(cls, num_experts: int, device: torch.device) -> "SiteStats":
+        """All zeros."""
+        zeros = torch.zeros(num_experts, device=device)
+        return cls(torch.zeros((), device=device), zeros, zeros.clone())
+
+    @torch.no_grad()
+    def add(
+        self,
+        routing: "Routing",
+        mask_T: Tensor | None,
+        balance: dict[str, Tensor],
+    ) -> None:
+        """Add one forward; no host synchronisation."""
+        gates_TE = routing.gates.detach()
+        chosen_TE = routing.assigned()
+        if mask_T is None:
+            self.tokens += gates_TE.shape[0]
+            self.gate_sum_E += gates_TE.sum(0)
+            self.chosen_sum_E += chosen_TE.sum(0)
+        else:
+            weight_T = mask_T.to(gates_TE.dtype)
+            self.tokens += weight_T.sum()
+            self.gate_sum_E += weight_T @ gates_TE
+            self.chosen_sum_E += weight_T @ chosen_TE.to(gates_TE.dtype)
+        for name, value in balance.items():
+            self.balance[name] = self.balance.get(name, 0) + value.detach()
+        self.forwards += 1
+
+
+@dataclass
+class Runtime:
+    """State that all sites of one wrapped model share.
+
+    Attributes:
+        current: Context of the running forward; None between forwards.
+        owner: Identity of the module whose forward made it.
+        disabled: Sites return the base output while this is above 0.
+        balance_scale: Factor on every balance gradient. A trainer sets it to
+            1 / accumulation steps, times the loss scale under fp16.
+        tasks: Tasks that ``molora.tasks`` set for the next forwards.
+        trace: Active ``record_routing``, if any.
+        stats: Per-site training statistics; None when nobody reads them.
+    """
+
+    current: ForwardContext | None = None
+    owner: int | None = None
+    disabled: int = 0
+    balance_scale: float = 1.0
+    tasks: tuple[str, ...] | None = None
+    trace: RoutingTrace | None = None
+    stats: dict[str, SiteStats] | None = None
+
+    def context_for(self, site: str, needed: bool) -> ForwardContext:
+        """Context of the forward that a site is part of.
+
+        Args:
+            site: Module path, for the message.
+            needed: Whether a missing context would change the result.
+
+        Raises:
+            RoutingError: A recomputation in backward does not know its forward.
+        """
+        if self.current is not None:
+            return self.current
+        if needed and in_backward():
+            raise RoutingError(
+                f"site {site!r}: recomputed in backward without the context of its "
+                "forward (token mask, tasks). Enable activation checkpointing through "
+                "model.gradient_checkpointing_enable(), not by hand."
+            )
+        return ForwardContext(tasks=self.tasks)
+
+    @contextmanager
+    def use(self, context: ForwardContext | None) -> Iterator[None]:
+        """Make context the current one inside the block."""
+        before, self.current = self.current, context
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+class ContextCheckpoint:
+    """Activation checkpointing that gives the recomputation its own forward's context.
+
+    Args:
+        checkpoint: The checkpoint function, in either mode, that does the work.
+        runtime: Runtime of the wrapped model.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], runtime: Runtime):
+        self.checkpoint = checkpoint
+        self.runtime = runtime
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint function(*args) under the context that is current now."""
+        context = self.runtime.current
+
+        def in_context(*inner: Any, **inner_kwargs: Any) -> Any:
+            with self.runtime.use(context):
+                return function(*inner, **inner_kwargs)
+
+        return self.checkpoint(in_context, *args, **kwargs)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def forward_context(
+    arguments: dict[str, Any], tasks: tuple[str, ...] | None
+) -> ForwardContext:
+    """Make the context of a forward from the arguments it was called with.
+
+    The mask comes from the first of these that is given: attention_mask (2-D, or the
+    diagonal of a 4-D one), position_ids, labels. With a cache the attention mask is
+    longer than the input; its last columns belong to the input.
+
+    Args:
+        arguments: Keyword arguments of the model's forward.
+        tasks: Tasks of the rows, if set.
+
+    Raises:
+        RoutingError: The attention mask has a form that cannot be read.
+    """
+    mask = arguments.get("attention_mask")
+    inputs = arguments.get("input_ids")
+    if inputs is None:
+        inputs = arguments.get("inputs_embeds")
+    positions = inputs.shape[1] if isinstance(inputs, Tensor) else None
+    if isinstance(mask, Tensor):
+        mask_BS = _from_attention_mask(mask, positions)
+        return ForwardContext(mask_BS, tasks, "attention_mask")
+    position_ids = arguments.get("position_ids")
+    if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+        return ForwardContext(mask_from_positions(position_ids), tasks, "position_ids")
+    labels = arguments.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        return ForwardContext(mask_from_labels(labels), tasks, "labels")
+    return ForwardContext(tasks=tasks)
+
+
+def _from_attention_mask(mask: Tensor, positions: int | None) -> Tensor:
+    """Real tokens of a 2-D mask, or of the diagonal of a 4-D one."""
+    if mask.dim() == 4:
+        last = mask[:, 0, :, -mask.shape[-2] :]
+        diagonal = last.diagonal(dim1=-2, dim2=-1)
+        return diagonal if diagonal.dtype == torch.bool else diagonal >= 0
+    if mask.dim() != 2:
+        raise RoutingError(
+            f"attention_mask has shape {tuple(mask.shape)}; routing reads a 2-D mask "
+            "[rows, positions] or a 4-D one [rows, 1, positions, positions]"
+        )
+    real = mask.bool()
+    return real if positions is None else real[:, -positions:]
+
+
+def mask_from_positions(position_ids: Tensor) -> Tensor:
+    """Real tokens of packed rows, told from position ids alone.
+
+    A token is real when its position follows that of the token before it, or when it
+    starts a sequence: position 0, or the first column, followed by the next position.
+    Constant or negative positions are alignment padding. A sequence of one single
+    token inside a longer row cannot be told from padding and counts as padding.
+
+    Args:
+        position_ids: [B, S] integers.
+
+    Returns:
+        Bool [B, S].
+    """
+    if position_ids.shape[1] < 2:
+        return position_ids >= 0
+    follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    none = torch.zeros_like(follows[:, :1])
+    continues = torch.cat([none, follows], dim=1)
+    leads = torch.cat([follows, none], dim=1)
+    starts = position_ids == 0
+    starts[:, 0] = True
+    return (continues | (starts & leads)) & (position_ids >= 0)
+
+
+def mask_from_labels(labels: Tensor) -> Tensor:
+    """Real tokens of right-padded rows, told from labels alone.
+
+    Everything up to a row's last supervised token is real: the prompt, which labels
+    leave out, included. A row without any supervised token is all padding.
+
+    Args:
+        labels: [B, S] integers, -100 where not supervised.
+
+    Returns:
+        Bool [B, S].
+    """
+    supervised = (labels != -100).int()
+    return supervised.flip(1).cumsum(1).flip(1) > 0

@@ -1,0 +1,6 @@
+"""Expert families."""
+
+from molora.experts.base import EXPERTS as EXPERTS
+from molora.experts.base import AbstractExperts as AbstractExperts
+from molora.experts.base import BilinearExperts as BilinearExperts
+from molora.experts.lora import LoRAExperts as LoRAExperts

@@ -1,0 +1,99 @@
+"""What a bank of experts must provide, and what it gets for free.
+
+Shape legend (this folder)
+    T tokens   E experts   I in features   O out features   r rank of one expert
+"""
+
+import abc
+from typing import ClassVar
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from molora.kernels import lowrank_mixture
+from molora.registry import Registry
+from molora.schema import Schema
+
+
+class ExpertsConfig(Schema):
+    """Settings of every expert family."""
+
+    kind: str
+    """Registered name."""
+    num_experts: int = pydantic.Field(default=1, ge=1)
+    """E, experts per target layer."""
+
+
+class AbstractExperts(nn.Module, abc.ABC):
+    """E updates of one frozen layer.
+
+    A family supplies ``forward`` and ``delta_weight``; a bilinear one derives from
+    ``BilinearExperts`` and supplies ``factors`` only.
+    """
+
+    Config: ClassVar[type[ExpertsConfig]]
+    num_experts: int
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, gates: Tensor | None, base: Tensor) -> Tensor:
+        """Add the gated updates to the base output.
+
+        Args:
+            x: [T, I] inputs.
+            gates: [T, E]; None means one expert with gate 1.
+            base: [T, O] output of the frozen layer.
+
+        Returns:
+            [T, O] in the dtype of base.
+        """
+
+    @abc.abstractmethod
+    def delta_weight(self, expert: int) -> Tensor:
+        """Dense update of one expert with its scale, [O, I] float32."""
+
+    @abc.abstractmethod
+    def count(self) -> int:
+        """Number of values that this bank trains."""
+
+
+class BilinearExperts(AbstractExperts):
+    """Experts of the form delta_e(x) = scale_e * B_e (A_e x).
+
+    Everything but the factors is derived here, once, and not overridden.
+    """
+
+    lora_dropout: float = 0.0
+
+    @abc.abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Return A [E or 1, r, I], Bt [E or 1, r, O], scale (number or [E])."""
+
+    def forward(self, x: Tensor, gates: Tensor | None, base: Tensor) -> Tensor:
+        """See base class. One dropout mask serves all experts."""
+        if self.training and self.lora_dropout:
+            x = torch.dropout(x, self.lora_dropout, True)
+        A, Bt, scale = self.factors()
+        return lowrank_mixture(x, A, Bt, gates, scale, base)
+
+    def scales(self) -> list[float]:
+        """Scale of each expert."""
+        scale = self.factors()[2]
+        if isinstance(scale, Tensor):
+            return [float(s) for s in scale]
+        return [scale] * self.num_experts
+
+    def expert_factors(self, expert: int) -> tuple[Tensor, Tensor]:
+        """A [r, I] and scale * B^T [r, O] of one expert, float32, detached."""
+        A, Bt, _ = self.factors()
+        a_rI = A[expert % A.shape[0]].detach().float()
+        b_rO = Bt[expert % Bt.shape[0]].detach().float()
+        return a_rI, self.scales()[expert] * b_rO
+
+    def delta_weight(self, expert: int) -> Tensor:
+        """See base class."""
+        a_rI, b_rO = self.expert_factors(expert)
+        return b_rO.t() @ a_rI
+
+
+EXPERTS: Registry[AbstractExperts] = Registry("expert family")

@@ -1,0 +1,210 @@
+"""MoloraLinear: a frozen base layer, a bank of experts, and its router.
+
+    y = base(x) + sum_e g_e(x) * delta_e(x)
+
+Shape legend
+    T tokens   E experts   I in features   O out features
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from molora.config import SiteConfig
+from molora.context import ForwardContext, Runtime, SiteStats, in_backward
+from molora.errors import RoutingError, WrapError
+from molora.experts import EXPERTS, AbstractExperts
+from molora.routers import ROUTERS, Routing
+from molora.routers.balance import Objective, attach
+from molora.routers.base import AbstractRouter
+
+SUPPORTED = (nn.Linear, Conv1D)
+"""Layer types that can host a bank."""
+
+
+def sizes(base: nn.Module) -> tuple[int, int]:
+    """In and out features of a supported layer."""
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    a, b = weight.shape
+    return (a, b) if isinstance(base, Conv1D) else (b, a)
+
+
+class MoloraLinear(nn.Module):
+    """One target layer with its bank.
+
+    Args:
+        base: The frozen layer, an nn.Linear or a Conv1D.
+        site: Settings of the experts and the router.
+        path: Module path of the layer in the model, for messages and records.
+        runtime: State shared by all sites of the model.
+        objectives: Balance objectives with their coefficients, divided by the number
+            of routed sites.
+        generator: CPU generator that draws the initial values.
+    """
+
+    router: AbstractRouter | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        site: SiteConfig,
+        *,
+        path: str,
+        runtime: Runtime,
+        objectives: Sequence[tuple[Objective, float]],
+        generator: torch.Generator,
+    ):
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = sizes(base)
+        self.path = path
+        self.runtime = runtime
+        self.objectives = list(objectives)
+        self.backup: Tensor | None = None
+        experts = EXPERTS[site.experts.kind]
+        self.experts: AbstractExperts = experts(
+            site.experts,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            generator=generator,
+        )
+        self.router = None
+        if site.experts.num_experts > 1:
+            self.router = ROUTERS[site.router.kind](
+                site.router,
+                in_features=self.in_features,
+                num_experts=site.experts.num_experts,
+                site=path,
+                generator=generator,
+            )
+        assert isinstance(base.weight, Tensor)
+        for module in (self.experts, self.router):
+            if module is not None:
+                module.to(device=base.weight.device)
+
+    @property
+    def weight(self) -> Any:
+        """Weight of the base layer, for code that looks at its dtype or device."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        """Bias of the base layer."""
+        return self.base.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into the base weight."""
+        return self.backup is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Base output plus the routed update.
+
+        Args:
+            x: [..., I], any strides.
+
+        Returns:
+            [..., O] in the dtype of the base output.
+
+        Raises:
+            RoutingError: Router logits that are not finite, a mask that does not fit,
+                or a balance objective that no gradient reaches.
+        """
+        y: Tensor = self.base(x)
+        runtime = self.runtime
+        if runtime.disabled or self.backup is not None:
+            return y
+        x_TI = x.reshape(-1, self.in_features)
+        y_TO = y.reshape(-1, self.out_features)
+        if self.router is None:
+            return self.experts(x_TI, None, y_TO).view(y.shape)
+        watched = bool(self.objectives) and self.training
+        watched = watched or runtime.trace is not None or runtime.stats is not None
+        context = runtime.context_for(self.path, needed=watched)
+        routing: Routing = self.router(x_TI, context)
+        y_TO = self.experts(x_TI, routing.gates, y_TO)
+        if watched:
+            y_TO = self._watch(y_TO, routing, context, x.shape)
+        return y_TO.view(y.shape)
+
+    def _watch(
+        self, y_TO: Tensor, routing: Routing, context: ForwardContext, shape: torch.Size
+    ) -> Tensor:
+        """Record the routing and attach the balance objectives."""
+        mask_T = context.token_mask(shape, self.path)
+        values: dict[str, Tensor] = {}
+        if self.training:
+            for objective, weight in self.objectives:
+                value = objective(routing, mask_T)
+                values[objective.config.kind] = value
+                if torch.is_grad_enabled():
+                    self._require_path(objective.config.kind, value, y_TO)
+                    y_TO = attach(y_TO, value, weight, self.runtime)
+        # a recomputation in backward repeats a forward that is already on record
+        if not in_backward():
+            if self.runtime.trace is not None:
+                self.runtime.trace.add(self.path, routing, context, shape, mask_T)
+            if self.runtime.stats is not None and self.training:
+                stats = self.runtime.stats.get(self.path)
+                if stats is None:
+                    gates = routing.gates
+                    stats = SiteStats.empty(gates.shape[-1], gates.device)
+                    self.runtime.stats[self.path] = stats
+                stats.add(routing, mask_T, values)
+        return y_TO
+
+    def _require_path(self, kind: str, value: Tensor, y_TO: Tensor) -> None:
+        if not (value.requires_grad and y_TO.requires_grad):
+            raise RoutingError(
+                f"site {self.path!r}: balance objective {kind!r} has a coefficient but "
+                "no gradient path to the router. Unfreeze the router, or drop the "
+                "objective from the config."
+            )
+
+    def delta_weight(self) -> Tensor:
+        """Dense update of the only expert, [O, I] float32.
+
+        Raises:
+            WrapError: The bank has several experts, so no single update exists.
+        """
+        if self.experts.num_experts > 1:
+            raise WrapError(
+                f"site {self.path!r} routes among {self.experts.num_experts} experts "
+                "per token, which no single weight equals; run molora.collapse first"
+            )
+        return self.experts.delta_weight(0)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the update into the base weight; keep the original bytes."""
+        assert self.backup is None
+        delta_OI = self.delta_weight()
+        weight = self.base.weight
+        assert isinstance(weight, nn.Parameter)
+        delta = delta_OI.t() if isinstance(self.base, Conv1D) else delta_OI
+        merged = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(
+            weight.dtype
+        )
+        if not torch.isfinite(merged).all():
+            raise WrapError(f"site {self.path!r}: the merged weight is not finite")
+        self.backup = weight.detach().clone()
+        weight.copy_(merged)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original bytes back."""
+        assert self.backup is not None
+        weight = self.base.weight
+        assert isinstance(weight, nn.Parameter)
+        weight.copy_(self.backup)
+        self.backup = None
+
+    def base_weight(self) -> Tensor:
+        """Weight of the frozen layer as it was before any merge."""
+        weight = self.base.weight if self.backup is None else self.backup
+        assert isinstance(weight, Tensor)
+        return weight.detach()

@@ -1,0 +1,119 @@
+"""Finding the layers of a model that get a bank."""
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from molora.config import AdapterConfig
+from molora.errors import WrapError
+from molora.layer import SUPPORTED
+from molora.schema import nearest
+
+
+def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """Find the target layers of a model.
+
+    Args:
+        model: A base model.
+        config: Its target_modules, exclude_modules and overrides are applied.
+
+    Returns:
+        Module by path, in model order.
+
+    Raises:
+        WrapError: A pattern matches nothing, or a module on which no adapter can sit;
+            the message names the pattern and close names that exist.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    modules.pop("", None)
+    if config.target_modules == "all-linear":
+        paths = _all_linear(model, modules)
+    else:
+        paths = _matches(modules, config.target_modules, "target_modules")
+    if config.exclude_modules:
+        excluded = set(_matches(modules, config.exclude_modules, "exclude_modules"))
+        paths = [path for path in paths if path not in excluded]
+    if not paths:
+        raise WrapError("exclude_modules leaves no target layer")
+    _check_overrides(config, paths)
+    targets = {path: modules[path] for path in paths}
+    _check_types(targets)
+    return targets
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Every supported layer but the output embedding."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    paths = [
+        path
+        for path, module in modules.items()
+        if isinstance(module, SUPPORTED) and module is not output
+    ]
+    if not paths:
+        names = " or ".join(cls.__name__ for cls in SUPPORTED)
+        raise WrapError(f"target_modules: all-linear finds no {names} in this model")
+    return paths
+
+
+def _matches(
+    modules: dict[str, nn.Module], patterns: Sequence[str] | str, field: str
+) -> list[str]:
+    """Paths that match a regular expression, or any of several suffixes."""
+    if isinstance(patterns, str):
+        paths = [path for path in modules if re.fullmatch(patterns, path)]
+        if not paths:
+            raise WrapError(
+                f"{field}: the expression {patterns!r} matches no module path; it must "
+                f"match a whole path such as {list(modules)[-1]!r}"
+            )
+        return paths
+    found: set[str] = set()
+    for suffix in patterns:
+        hits = [p for p in modules if p == suffix or p.endswith("." + suffix)]
+        if not hits:
+            names = {path.split(".")[-1] for path in modules}
+            linear = {
+                path.split(".")[-1]
+                for path, module in modules.items()
+                if isinstance(module, SUPPORTED)
+            }
+            raise WrapError(
+                f"{field}: {suffix!r} matches no module.{nearest(suffix, names)} "
+                f"Layers that can host experts: {', '.join(sorted(linear))}"
+            )
+        found.update(hits)
+    return [path for path in modules if path in found]
+
+
+def _check_overrides(config: AdapterConfig, paths: list[str]) -> None:
+    """An override that no target uses is a typo."""
+    for i, override in enumerate(config.overrides):
+        if not any(re.search(override.match, path) for path in paths):
+            raise WrapError(
+                f"overrides[{i}].match: {override.match!r} matches none of the "
+                f"{len(paths)} target layers, for example {paths[0]!r}"
+            )
+
+
+def _check_types(targets: dict[str, nn.Module]) -> None:
+    """Refuse modules that cannot host a bank, and one layer under two paths."""
+    seen: dict[int, str] = {}
+    for path, module in targets.items():
+        if not isinstance(module, SUPPORTED):
+            names = " and ".join(cls.__name__ for cls in SUPPORTED)
+            raise WrapError(
+                f"target_modules matches {path!r}, a {type(module).__name__}; experts "
+                f"can sit on {names} only. Narrow the pattern or exclude the module."
+            )
+        if not module.weight.is_floating_point():
+            raise WrapError(
+                f"target {path!r} holds quantised weights ({module.weight.dtype}), "
+                "which are not supported yet; load the base unquantised"
+            )
+        if id(module) in seen:
+            raise WrapError(
+                f"targets {seen[id(module)]!r} and {path!r} are one shared module; "
+                "exclude one of them"
+            )
+        seen[id(module)] = path

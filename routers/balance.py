@@ -1,0 +1,137 @@
+"""Balance objectives: what is added to the loss so that routers use their experts.
+
+Each objective is computed per site on real tokens only, in float32, and its gradient is
+attached to the bank's output: an identity in forward that adds the objective's gradient
+in backward. That is right under gradient accumulation, both kinds of activation
+checkpointing and trainers that replace the model's forward.
+
+Shape legend
+    T tokens   E experts
+"""
+
+import abc
+from typing import Any, ClassVar
+
+import pydantic
+import torch
+from torch import Tensor
+
+from molora.context import Runtime
+from molora.registry import Registry
+from molora.routers.base import Routing
+from molora.schema import Schema
+
+
+class ObjectiveConfig(Schema):
+    """Settings of every balance objective."""
+
+    kind: str
+    """Registered name."""
+    weight: float = pydantic.Field(gt=0)
+    """Coefficient; the objective is averaged over sites before it is applied."""
+
+
+class Objective(abc.ABC):
+    """A scalar computed from one site's routing of one forward.
+
+    Args:
+        config: Settings.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
+
+    def __init__(self, config: ObjectiveConfig):
+        self.config = config
+
+    @abc.abstractmethod
+    def __call__(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
+        """Evaluate on real tokens.
+
+        Args:
+            routing: One site's routing.
+            mask_T: Bool, True at real tokens; None when all are real.
+
+        Returns:
+            Unweighted scalar, zero with a graph when no token is real.
+        """
+
+
+OBJECTIVES: Registry[Objective] = Registry("balance objective")
+
+
+@OBJECTIVES.register("switch", paper="arXiv:2101.03961")
+class SwitchBalance(Objective):
+    """Switch load balance, E * sum_e f_e P_e; 1 under uniform routing for every K.
+
+    Fedus et al. 2021, equations 4 to 6. f_e is the share of assignments that went to
+    expert e (it sums to 1 whatever K is, and has no gradient); P_e the mean probability
+    before selection.
+
+    Limitations: 1 is the value at uniform routing, not a lower bound.
+    """
+
+    def __call__(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
+        """See base class."""
+        probs_TE = routing.probs
+        assigned_TE = routing.assigned().to(probs_TE.dtype)
+        experts = probs_TE.shape[-1]
+        if mask_T is None:
+            f_E = assigned_TE.sum(0)
+            p_E = probs_TE.sum(0)
+            tokens: Any = max(probs_TE.shape[0], 1)
+        else:
+            weight_T = mask_T.to(probs_TE.dtype)
+            f_E = weight_T @ assigned_TE
+            p_E = weight_T @ probs_TE
+            tokens = weight_T.sum().clamp(min=1)
+        return experts * (f_E / f_E.sum().clamp(min=1) * p_E).sum() / tokens
+
+
+@OBJECTIVES.register("z", paper="arXiv:2202.08906")
+class ZLoss(Objective):
+    """Router z-loss, the mean of logsumexp(logits)^2; keeps logits small.
+
+    Zoph et al. 2022 (ST-MoE), equation 5.
+    """
+
+    def __call__(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
+        """See base class."""
+        squares_T = torch.logsumexp(routing.logits, dim=-1).square()
+        if mask_T is None:
+            return squares_T.sum() / max(squares_T.shape[0], 1)
+        weight_T = mask_T.to(squares_T.dtype)
+        return (squares_T * weight_T).sum() / weight_T.sum().clamp(min=1)
+
+
+def attach(y: Tensor, value: Tensor, weight: float, runtime: Runtime) -> Tensor:
+    """Return y unchanged, with weight * value added to the loss in backward.
+
+    Args:
+        y: Output of the bank; its gradient path carries the objective.
+        value: Scalar with a graph to the router.
+        weight: Coefficient, already divided by the number of sites.
+        runtime: Its ``balance_scale``, read in backward, multiplies the gradient.
+
+    Returns:
+        y. The return value must be used, or the objective is lost.
+    """
+    out: Tensor = _Attach.apply(y, value, weight, runtime)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Attach(torch.autograd.Function):
+    """Identity on y; gradient weight * runtime.balance_scale for value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, value: Tensor, weight: float, runtime: Runtime
+    ) -> Tensor:
+        ctx.weight, ctx.runtime = weight, runtime
+        ctx.save_for_backward(value)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (value,) = ctx.saved_tensors
+        scale = ctx.weight * ctx.runtime.balance_scale
+        return dy, torch.full_like(value, scale), None, None

@@ -1,0 +1,159 @@
+"""What every router returns, and what all of them share.
+
+Shape legend (this folder)
+    T tokens   I in features   E experts   K experts chosen per token
+"""
+
+import abc
+import math
+from typing import ClassVar, Literal, NamedTuple
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from molora.context import ForwardContext
+from molora.errors import RoutingError
+from molora.kernels import router_logits
+from molora.registry import Registry
+from molora.schema import Schema
+
+
+class Routing(NamedTuple):
+    """Where each token goes. Kernels, objectives and reports read only this."""
+
+    gates: Tensor
+    """[T, E], at least float32, zero where an expert is not used."""
+    probs: Tensor
+    """[T, E] full distribution before selection, for the balance objectives."""
+    logits: Tensor
+    """[T, E] after noise and temperature."""
+    sparse: bool
+    """Whether the router selects experts; a dense one uses all of them."""
+
+    def assigned(self) -> Tensor:
+        """Experts whose load a token counts for: the chosen ones, else the likeliest.
+
+        Returns:
+            Bool [T, E].
+        """
+        if self.sparse:
+            return self.gates > 0
+        top_T1 = self.probs.argmax(-1, keepdim=True)
+        return torch.zeros_like(self.probs, dtype=torch.bool).scatter(-1, top_T1, True)
+
+
+class RouterConfig(Schema):
+    """Settings of every router."""
+
+    kind: str
+    """Registered name."""
+    scope: Literal["site"] = "site"
+    """What shares one routing: every target layer routes for itself."""
+    input: Literal["token"] = "token"
+    """What the router reads: the token's input to the target layer."""
+
+
+class GateConfig(RouterConfig):
+    """Settings of routers with a linear gate."""
+
+    temperature: float = pydantic.Field(default=1.0, gt=0)
+    """Divides the logits; above 1 flattens the gates."""
+    noise: float = pydantic.Field(default=0.0, ge=0)
+    """Standard deviation of Gaussian noise on the logits, in training only."""
+    init_range: float = pydantic.Field(default=0.02, ge=0)
+    """Standard deviation of the gate's initial weights; small means near uniform."""
+
+
+class AbstractRouter(nn.Module, abc.ABC):
+    """Chooses experts for each token."""
+
+    Config: ClassVar[type[RouterConfig]]
+
+    @classmethod
+    def check(cls, config: RouterConfig, num_experts: int) -> str | None:
+        """Say why this config means nothing with num_experts, or return None."""
+        return None
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, context: ForwardContext) -> Routing:
+        """Route a flat batch of tokens.
+
+        Args:
+            x: [T, I] inputs of the target layer.
+            context: The running forward.
+
+        Returns:
+            The routing of every token.
+
+        Raises:
+            RoutingError: A logit is NaN or infinite.
+        """
+
+
+class LinearGateRouter(AbstractRouter):
+    """Base of routers whose logits are a linear map of the token.
+
+    Args:
+        config: Settings.
+        in_features: I.
+        num_experts: E.
+        site: Module path of the target layer, for messages.
+        generator: Source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        config: GateConfig,
+        *,
+        in_features: int,
+        num_experts: int,
+        site: str,
+        generator: torch.Generator,
+    ):
+        super().__init__()
+        self.config = config
+        self.site = site
+        self.gate = nn.utils.skip_init(nn.Linear, in_features, num_experts, bias=False)
+        with torch.no_grad():
+            self.gate.weight.normal_(0.0, config.init_range, generator=generator)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Gate logits after noise and temperature.
+
+        Args:
+            x: [T, I].
+
+        Returns:
+            [T, E], float32 at least, finite.
+
+        Raises:
+            RoutingError: A logit is NaN or infinite; names the site.
+        """
+        assert isinstance(self.config, GateConfig)
+        with torch.autocast(x.device.type, enabled=False):
+            logits_TE = router_logits(x, self.gate.weight)
+        _require_finite(logits_TE, self.site)
+        if self.training and self.config.noise:
+            logits_TE = logits_TE + self.config.noise * torch.randn_like(logits_TE)
+        if self.config.temperature != 1.0:
+            logits_TE = logits_TE / self.config.temperature
+        return logits_TE
+
+
+def _require_finite(logits_TE: Tensor, site: str) -> None:
+    """Raise when a logit is not finite; asynchronous on devices."""
+    message = (
+        f"site {site!r}: router logits are not finite. The layer's input or the "
+        "router's weights hold NaN or infinity; lower the learning rate or look "
+        "for the first layer that overflows."
+    )
+    total = logits_TE.detach().sum()
+    if logits_TE.device.type == "cpu":
+        if not math.isfinite(total.item()):
+            raise RoutingError(message)
+    else:
+        torch._assert_async(torch.isfinite(total), message)
+
+
+ROUTERS: Registry[AbstractRouter] = Registry("router")

@@ -1,0 +1,31 @@
+"""Soft routing: every expert, weighted by a softmax.
+
+    g = p = softmax(W x / temperature)
+
+Reference: Zadouri et al. 2023 (MoLORA), arXiv:2309.05444, equation 2.
+Shape legend: see base.py.
+"""
+
+import torch
+from torch import Tensor
+
+from molora.context import ForwardContext
+from molora.routers.base import ROUTERS, GateConfig, LinearGateRouter, Routing
+
+
+@ROUTERS.register("soft", paper="arXiv:2309.05444")
+class SoftRouter(LinearGateRouter):
+    """All experts, weighted by the softmax of a linear gate.
+
+    Limitations: no expert is ever skipped; balance objectives count each token for its
+    likeliest expert.
+    """
+
+    class Config(GateConfig):
+        """Settings of soft routing."""
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Routing:
+        """See base class."""
+        logits_TE = self.logits(x)
+        probs_TE = torch.softmax(logits_TE, dim=-1)
+        return Routing(probs_TE, probs_TE, logits_TE, sparse=False)

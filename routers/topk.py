@@ -1,0 +1,65 @@
+"""Top-k routing: the K likeliest experts of each token.
+
+    p = softmax(W x / temperature)
+    g_e = p_e / sum_{j in top-K} p_j   for e in the top K, else 0    (renormalize)
+    g_e = p_e                          for e in the top K, else 0    (otherwise)
+
+Reference: Shazeer et al. 2017, arXiv:1701.06538, section 2.1 (without its noise
+network); selection after the softmax as in Gao et al. 2024 (MoLA), arXiv:2402.08562.
+Shape legend: see base.py.
+"""
+
+import pydantic
+import torch
+from torch import Tensor
+
+from molora.context import ForwardContext
+from molora.routers.base import (
+    ROUTERS,
+    GateConfig,
+    LinearGateRouter,
+    RouterConfig,
+    Routing,
+)
+
+
+@ROUTERS.register("topk", paper="arXiv:1701.06538")
+class TopKRouter(LinearGateRouter):
+    """The K likeliest experts of each token, by a linear gate.
+
+    Limitations: with ``top_k: 1`` and ``renormalize: true`` the gate is constant 1 and
+    the task loss does not train the router, so that combination is refused.
+    """
+
+    class Config(GateConfig):
+        """Settings of top-k routing."""
+
+        top_k: int = pydantic.Field(default=2, ge=1)
+        """Experts used per token, at most num_experts."""
+        renormalize: bool = True
+        """Divide the kept gates by their sum."""
+
+    config: Config
+
+    @classmethod
+    def check(cls, config: RouterConfig, num_experts: int) -> str | None:
+        """See base class."""
+        assert isinstance(config, cls.Config)
+        if config.top_k > num_experts:
+            return f"router.top_k={config.top_k} exceeds num_experts={num_experts}"
+        if config.top_k == 1 and config.renormalize and num_experts > 1:
+            return (
+                "router.top_k=1 with renormalize: true makes every gate exactly 1, so "
+                "the router would never learn from the task; set renormalize: false"
+            )
+        return None
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Routing:
+        """See base class."""
+        logits_TE = self.logits(x)
+        probs_TE = torch.softmax(logits_TE, dim=-1)
+        kept_TK, ids_TK = probs_TE.topk(self.config.top_k, dim=-1)
+        if self.config.renormalize:
+            kept_TK = kept_TK / kept_TK.sum(-1, keepdim=True)
+        gates_TE = torch.zeros_like(probs_TE).scatter(-1, ids_TK, kept_TK)
+        return Routing(gates_TE, probs_TE, logits_TE, sparse=True)

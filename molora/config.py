@@ -62,7 +62,8 @@ class AdapterConfig(Schema):
     """
 
     target_modules: list[str] | str
-    """Module path suffixes, or one regular expression for whole paths, or all-linear."""
+    """Module path suffixes, or one regular expression for whole paths, or
+    all-linear."""
     exclude_modules: list[str] | str = []
     """What to leave out: suffixes, or one regular expression."""
     experts: pydantic.SerializeAsAny[ExpertsConfig]
@@ -145,8 +146,8 @@ class AdapterConfig(Schema):
         return SiteConfig(experts=experts, router=router)
 
     def _any_routed(self) -> bool:
-        sites = [self.experts] + [self._merged(o, "").experts for o in self.overrides]
-        return any(experts.num_experts > 1 for experts in sites)
+        sites = [self._merged(o, "overrides.").experts for o in self.overrides]
+        return any(experts.num_experts > 1 for experts in [self.experts, *sites])
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -189,12 +190,12 @@ def _build(registry: Any, raw: Mapping[str, Any], where: str) -> Any:
     return cls.Config.from_dict(raw, where)
 
 
-def _replace(registry: Any, base: Schema, changes: dict[str, Any], where: str) -> Any:
+def _replace(registry: Any, base: Any, changes: dict[str, Any], where: str) -> Any:
     """Return base with the changes of an override; a new kind starts from defaults."""
     if not changes:
         return base
-    before = base.model_dump(exclude_unset=True)
-    if changes.get("kind", before.get("kind")) != before.get("kind"):
+    before = {**base.model_dump(exclude_unset=True), "kind": base.kind}
+    if changes.get("kind", base.kind) != base.kind:
         keep = {"num_experts": before["num_experts"]} if "num_experts" in before else {}
         before = keep
     return _build(registry, {**before, **changes}, where)

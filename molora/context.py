@@ -54,14 +54,16 @@ class ForwardContext:
         mask_BS = self.mask_BS
         if mask_BS is None:
             return None
+        if len(shape) == 3 and mask_BS.shape[0] == 1:
+            # position_ids and 4-D masks may have one row for the whole batch
+            mask_BS = mask_BS.expand(shape[0], -1)
         rows, positions = mask_BS.shape
-        tokens = 1
-        for size in shape[:-1]:
-            tokens *= size
-        if tokens == mask_BS.numel():
-            return mask_BS.reshape(-1)
-        if len(shape) == 3 and shape[0] == rows and shape[1] < positions:
+        if len(shape) == 3 and shape[0] == rows and shape[1] <= positions:
             return mask_BS[:, positions - shape[1] :].reshape(-1)
+        # a flat input; [S, B, I] has as many tokens but in another order
+        flat = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
+        if flat and shape[-2] == mask_BS.numel():
+            return mask_BS.reshape(-1)
         raise RoutingError(
             f"site {site!r}: its input {tuple(shape)} does not line up with the "
             f"{self.mask_source} of shape {tuple(mask_BS.shape)}, so padding cannot be "
@@ -154,7 +156,7 @@ class SiteStats:
     """Running sums of one site's routing in training; stays on the device.
 
     Attributes:
-        tokens: Real tokens, a float64 scalar tensor.
+        tokens: Real tokens, a scalar tensor; exact up to 2^24 between two resets.
         gate_sum_E: Sum of gates over real tokens.
         chosen_sum_E: How often each expert was chosen.
         balance: Unweighted value of each objective, summed over forwards.
@@ -316,7 +318,7 @@ def _from_attention_mask(mask: Tensor, positions: int | None) -> Tensor:
     if mask.dim() == 4:
         last = mask[:, 0, :, -mask.shape[-2] :]
         diagonal = last.diagonal(dim1=-2, dim2=-1)
-        return diagonal if diagonal.dtype == torch.bool else diagonal >= 0
+        return diagonal >= 0 if diagonal.is_floating_point() else diagonal.bool()
     if mask.dim() != 2:
         raise RoutingError(
             f"attention_mask has shape {tuple(mask.shape)}; routing reads a 2-D mask "

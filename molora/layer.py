@@ -158,7 +158,10 @@ class MoloraLinear(nn.Module):
         return y_TO
 
     def _require_path(self, kind: str, value: Tensor, y_TO: Tensor) -> None:
-        if not (value.requires_grad and y_TO.requires_grad):
+        # a frozen router still passes a gradient to x, which would train other layers
+        assert self.router is not None
+        trained = any(p.requires_grad for p in self.router.parameters())
+        if not (trained and value.requires_grad and y_TO.requires_grad):
             raise RoutingError(
                 f"site {self.path!r}: balance objective {kind!r} has a coefficient but "
                 "no gradient path to the router. Unfreeze the router, or drop the "

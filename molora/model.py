@@ -211,7 +211,9 @@ def unwrap(model: M) -> M:
     del model.__dict__["molora_config"], model.__dict__["molora_runtime"]
     model.__class__ = state["cls"]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(state["requires_grad"][name])
+        # a parameter that was added after wrapping stays as it is
+        before = state["requires_grad"].get(name, parameter.requires_grad)
+        parameter.requires_grad_(before)
     return model
 
 
@@ -331,6 +333,11 @@ def _check_wrappable(model: nn.Module) -> None:
     if is_wrapped(model):
         raise WrapError("the model is wrapped already; call molora.unwrap first")
     for path, module in model.named_modules():
+        if isinstance(module, MoloraLinear):
+            raise WrapError(
+                f"the submodule {path!r} carries a molora adapter already; unwrap the "
+                "part of the model that was wrapped first"
+            )
         if type(module).__module__.split(".")[0] == "peft":
             raise WrapError(
                 f"the model carries a PEFT adapter ({path or type(module).__name__}); "
@@ -403,7 +410,8 @@ class _EnterForward(_ContextHook):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         runtime = self.runtime
-        if runtime.current is None:
+        # an interrupt skips the leaving hook, so an own context found here is stale
+        if runtime.current is None or runtime.owner == id(module):
             arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
             runtime.current = forward_context(arguments, runtime.tasks)
             runtime.owner = id(module)

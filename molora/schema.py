@@ -21,6 +21,7 @@ class Schema(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True,
         extra="forbid",
+        strict=True,
         allow_inf_nan=False,
         validate_default=True,
         use_attribute_docstrings=True,
@@ -49,7 +50,7 @@ class Schema(pydantic.BaseModel):
             raise ConfigError(explain(cls, error, where)) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values, from which ``from_dict`` rebuilds an equal object."""
+        """Plain JSON-ready values; ``from_dict`` rebuilds an equal object from them."""
         return self.model_dump(mode="json")
 
 
@@ -73,7 +74,8 @@ def explain(
         One line per problem, each with the full path of the field.
     """
     lines = []
-    for item in error.errors(include_url=False):
+    problems = error.errors(include_url=False)
+    for item in _likeliest(problems):
         loc = [str(part) for part in item["loc"] if not _is_union_tag(part)]
         path = ".".join([p for p in [where, *loc] if p]) or cls.__name__
         cause = item.get("ctx", {}).get("error")
@@ -99,8 +101,26 @@ def explain(
 def _is_union_tag(part: object) -> bool:
     """Tell pydantic's names of union members ("int", "list[str]") from field names."""
     return isinstance(part, str) and (
-        "[" in part or part in {"int", "float", "str", "bool", "none"}
+        "[" in part or "-" in part or part in {"int", "float", "str", "bool", "none"}
     )
+
+
+def _likeliest(problems: list[Any]) -> list[Any]:
+    """Of the complaints of a union's members, keep those of the member that was meant.
+
+    A number out of range under ``int | list[int]`` is told as such, not also as being
+    no list.
+    """
+
+    def place(item: Any) -> tuple[Any, ...]:
+        return tuple(part for part in item["loc"] if not _is_union_tag(part))
+
+    specific = {place(p) for p in problems if not p["type"].endswith("_type")}
+    return [
+        p
+        for p in problems
+        if not (p["type"].endswith("_type") and place(p) in specific)
+    ]
 
 
 def _fields_at(cls: type[pydantic.BaseModel], loc: tuple[Any, ...]) -> list[str]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from molora.config import AdapterConfig
 from molora.errors import WrapError
@@ -105,6 +106,12 @@ def _check_types(targets: dict[str, nn.Module]) -> None:
             raise WrapError(
                 f"target_modules matches {path!r}, a {type(module).__name__}; experts "
                 f"can sit on {names} only. Narrow the pattern or exclude the module."
+            )
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            raise WrapError(
+                f"target {path!r} is part of nn.MultiheadAttention, which reads its "
+                "weight and never calls it, so experts there would have no effect; "
+                "exclude it"
             )
         if not module.weight.is_floating_point():
             raise WrapError(

@@ -128,7 +128,8 @@ class _Attach(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.runtime = weight, runtime
         ctx.save_for_backward(value)
-        return y.view_as(y)
+        # not a view to autograd, so a later layer may work in place on it
+        return y.detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

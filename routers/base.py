@@ -131,8 +131,7 @@ class LinearGateRouter(AbstractRouter):
             RoutingError: A logit is NaN or infinite; names the site.
         """
         assert isinstance(self.config, GateConfig)
-        with torch.autocast(x.device.type, enabled=False):
-            logits_TE = router_logits(x, self.gate.weight)
+        logits_TE = router_logits(x, self.gate.weight)
         _require_finite(logits_TE, self.site)
         if self.training and self.config.noise:
             logits_TE = logits_TE + self.config.noise * torch.randn_like(logits_TE)

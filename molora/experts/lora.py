@@ -1,11 +1,11 @@
 """LoRA experts: delta_e(x) = scale_e * B_e A_e x, zero at initialisation.
 
-    scale_e = lora_alpha_e / r_e            (Hu et al. 2021, arXiv:2106.09685, 4.1)
-    scale_e = lora_alpha_e / sqrt(r_e)      (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)
+    scale_e = lora_alpha_e / r_e          (Hu et al. 2021, arXiv:2106.09685, 4.1)
+    scale_e = lora_alpha_e / sqrt(r_e)    (Kalajdzievski 2023, arXiv:2312.03732)
 
-A is drawn per expert from U(-1/sqrt(I), 1/sqrt(I)), which is what Kaiming initialisation
-with a = sqrt(5) gives one expert; B is zero. ``shared: [A]`` keeps one A for all experts
-(HydraLoRA, Tian et al. 2024, arXiv:2404.19245), ``shared: [B]`` one B.
+A is drawn per expert from U(-1/sqrt(I), 1/sqrt(I)), which is what Kaiming
+initialisation with a = sqrt(5) gives one expert; B is zero. ``shared: [A]`` keeps one A
+for all experts (HydraLoRA, Tian et al. 2024, arXiv:2404.19245), ``shared: [B]`` one B.
 
 Experts of different rank are stored padded to the largest: the padding rows of A and B
 are zero, and stay zero under any optimiser whose update of a zero parameter with a zero
@@ -109,13 +109,18 @@ class LoRAExperts(BilinearExperts):
         self.Bt = nn.Parameter(torch.zeros(b_stack, widest, out_features))
         scales = config.scales()
         self.scale: float | None = scales[0] if len(set(scales)) == 1 else None
-        self.register_buffer("scale_E", torch.tensor(scales), persistent=False)
+        self.scale_E = torch.tensor(scales)
 
     def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
         """See base class."""
         if self.scale is not None:
             return self.A, self.Bt, self.scale
-        assert isinstance(self.scale_E, Tensor)
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        if self.scale_E.dtype != dtype or self.scale_E.device != self.A.device:
+            # no buffer: casting the model to half precision would round the scales
+            self.scale_E = torch.tensor(
+                self.config.scales(), dtype=dtype, device=self.A.device
+            )
         return self.A, self.Bt, self.scale_E
 
     def count(self) -> int:

@@ -1,6 +1,10 @@
 """Mixtures of LoRA experts: wrap a model, train it, route per token, collapse."""
 
+from molora.checkpoint import load as load
+from molora.collapse.api import collapse as collapse
+from molora.collapse.report import CollapseResult as CollapseResult
 from molora.config import AdapterConfig as AdapterConfig
+from molora.interop.peft import export_peft as export_peft
 from molora.model import disabled as disabled
 from molora.model import merge as merge
 from molora.model import record_routing as record_routing

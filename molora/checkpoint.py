@@ -1,0 +1,297 @@
+"""Saving and loading adapters: whole or not at all, verified, tied to their base.
+
+A folder holds ``adapter_config.json`` (settings, and a fingerprint of the base),
+``adapter_model.safetensors`` (parameters by their name in the model), ``README.md`` and
+``manifest.json``. Nothing in it is a pickle, and nothing in it depends on the time.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from molora.atomic import atomic_folder
+from molora.config import AdapterConfig
+from molora.errors import CheckpointError, ConfigError, WrapError
+from molora.fingerprint import (
+    Fingerprint,
+    differences,
+    fingerprint,
+    misfits,
+    shortened,
+)
+from molora.manifest import CARD, CONFIG, TENSORS, write_json
+from molora.manifest import write_manifest as write_manifest
+from molora.model import _check_wrappable, adapter_parameters, sites, unwrap, wrap
+from molora.model_card import is_generated, model_card
+from molora.saved import AdapterFile, SavedAdapter, read_adapter
+from molora.saved import newest_valid as newest_valid
+from molora.saved import verify as verify
+from molora.targets import find_targets
+
+M = TypeVar("M", bound=nn.Module)
+
+_BASE_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def save_pretrained(
+    model: Any,
+    save_directory: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    is_main_process: bool = True,
+    **unsupported: Any,
+) -> None:
+    """Save the adapter of a wrapped model, without its base, in one step.
+
+    What was saved there before stays whole until the new files replace it; files of
+    other origin in the folder are kept. A merged model gives the same bytes as before
+    the merge.
+
+    Args:
+        model: A wrapped model.
+        save_directory: Folder to write.
+        state_dict: Where to take the adapter's tensors from instead of the model, by
+            their names in it; other entries are let be.
+        is_main_process: False writes nothing.
+        **unsupported: Other arguments of transformers' ``save_pretrained``; an error.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or holds other things under the
+            same names; a tensor is missing or not finite.
+        ConfigError: An argument that means nothing here.
+        WrapError: The model is not wrapped.
+    """
+    if unsupported:
+        raise ConfigError(
+            f"save_pretrained: {', '.join(unsupported)} means nothing for an adapter, "
+            "which is one safetensors file in a local folder. Drop it; to publish, use "
+            "huggingface_hub.upload_folder"
+        )
+    sites(model)
+    if not is_main_process:
+        return
+    target = Path(save_directory)
+    _refuse_base_folder(target)
+    with atomic_folder(target) as folder:
+        write_adapter(model, folder, state_dict)
+        card = target / CARD
+        if card.is_file() and not is_generated(card):
+            shutil.copyfile(card, folder / CARD)
+        write_manifest(folder)
+
+
+def write_adapter(
+    model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write config, tensors and card into an existing folder, not atomically.
+
+    For those who write more into the folder; ``write_manifest`` has to come last.
+
+    Args:
+        model: A wrapped model.
+        folder: Folder to write into, best one from ``atomic_folder``.
+        state_dict: See ``save_pretrained``.
+
+    Raises:
+        CheckpointError: A tensor is missing or not finite.
+        WrapError: The model is not wrapped.
+    """
+    found = sites(model)
+    tensors = _tensors(model, state_dict)
+    config = model.molora_config
+    assert isinstance(config, AdapterConfig)
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    file = AdapterFile(
+        base_model_name_or_path=base,
+        adapter=config.to_dict(),
+        base=fingerprint(model, {p: site.base_weight() for p, site in found.items()}),
+    )
+    write_json(folder / CONFIG, file.to_dict())
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CARD).write_text(model_card(model, base), encoding="utf-8")
+
+
+def load(
+    base_model: M,
+    folder: str | Path,
+    trainable: bool = False,
+    allow_base_mismatch: bool = False,
+) -> M:
+    """Wrap a base model with a saved adapter.
+
+    Checksums, format, base and the tensors' names, shapes and values are verified; if
+    anything is wrong, the base is as it was. Train or eval mode is not changed.
+
+    Args:
+        base_model: The model that the adapter was trained on, in any floating dtype.
+        folder: What ``save_pretrained`` wrote, or a trainer's checkpoint.
+        trainable: Leave the adapter's parameters trainable.
+        allow_base_mismatch: Accept a base with other weights or config, for example a
+            further trained one. Its layers must still have the same shapes.
+
+    Returns:
+        The same object.
+
+    Raises:
+        CheckpointError: The folder is missing, damaged, of a newer format, no molora
+            adapter, or belongs to another base.
+        WrapError: The base is wrapped already or cannot be wrapped.
+    """
+    _check_wrappable(base_model)
+    saved = read_adapter(Path(folder))
+    try:
+        targets = find_targets(base_model, saved.config)
+    except WrapError as error:
+        raise CheckpointError(
+            f"{folder}: does not fit this base: {error}. Load {_base_of(saved)}"
+        ) from None
+    weights = {p: module.get_parameter("weight") for p, module in targets.items()}
+    _check_base(saved, fingerprint(base_model, weights), allow_base_mismatch)
+    with contextlib.ExitStack() as undo:
+        wrap(base_model, saved.config)
+        undo.callback(unwrap, base_model)
+        _fill(base_model, saved)
+        undo.pop_all()
+    for parameter in adapter_parameters(base_model).values():
+        parameter.requires_grad_(trainable)
+    return base_model
+
+
+def load_adapter_state(
+    model: nn.Module, folder: str | Path, allow_base_mismatch: bool = False
+) -> None:
+    """Put a checkpoint's tensors into a model that is wrapped with the same config.
+
+    Parameters keep their identity, so optimizers stay valid. If anything is wrong, no
+    parameter is changed.
+
+    Args:
+        model: A wrapped model that is not merged.
+        folder: A checkpoint.
+        allow_base_mismatch: See ``load``.
+
+    Raises:
+        CheckpointError: See ``load``; also when the adapter's config differs.
+        WrapError: The model is not wrapped, or it is merged.
+    """
+    found = sites(model)
+    if any(site.merged for site in found.values()):
+        raise WrapError("the model is merged; call molora.unmerge before loading")
+    saved = read_adapter(Path(folder))
+    config = model.molora_config
+    assert isinstance(config, AdapterConfig)
+    now, then = config.to_dict(), saved.config.to_dict()
+    other = [name for name in now if now[name] != then[name]]
+    if other:
+        told = "; ".join(f"{n} is {now[n]!r}, was {then[n]!r}" for n in other)
+        raise CheckpointError(
+            f"{folder}: saved with another adapter config ({told}). Wrap the model as "
+            "it was, or use molora.load on a plain base"
+        )
+    weights = {path: site.base_weight() for path, site in found.items()}
+    _check_base(saved, fingerprint(model, weights), allow_base_mismatch)
+    _fill(model, saved)
+
+
+def _tensors(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Adapter tensors on the CPU, all present and finite."""
+    names = adapter_parameters(model)
+    source = names if state_dict is None else state_dict
+    missing = [name for name in names if name not in source]
+    if missing:
+        raise CheckpointError(
+            f"state_dict lacks {len(missing)} of the adapter's {len(names)} tensors: "
+            f"{shortened(missing)}"
+        )
+    tensors = {name: source[name].detach().cpu().contiguous() for name in names}
+    for name, tensor in tensors.items():
+        if not _is_finite(tensor):
+            raise CheckpointError(
+                f"{name} holds NaN or infinity, so nothing was saved; what was saved "
+                "before is still there. Lower the learning rate"
+            )
+    return tensors
+
+
+def _refuse_base_folder(target: Path) -> None:
+    """Refuse a folder that transformers would no longer read as a plain model."""
+    if any((target / name).is_file() for name in _BASE_WEIGHTS):
+        raise CheckpointError(
+            f"{target}: holds a model; an adapter beside it would hide it from "
+            "transformers. Save the adapter to a folder of its own"
+        )
+
+
+def _base_of(saved: SavedAdapter) -> str:
+    name = saved.file.base_model_name_or_path
+    return f"the base it was trained on, {name!r}" if name else "the base it belongs to"
+
+
+def _check_base(saved: SavedAdapter, present: Fingerprint, allowed: bool) -> None:
+    """Refuse a base on which the adapter does not fit, or was not trained."""
+    where, advice = saved.source.parent, f"Load {_base_of(saved)}"
+    unfit = misfits(saved.file.base, present)
+    if unfit:
+        raise CheckpointError(
+            f"{where}: does not fit this base: {'; '.join(unfit[:5])}"
+            f"{f' and {len(unfit) - 5} more' if len(unfit) > 5 else ''}. {advice}"
+        )
+    other = differences(saved.file.base, present)
+    if other and not allowed:
+        raise CheckpointError(
+            f"{where}: was trained on another base: {'; '.join(other)}. {advice}, or "
+            "force it with allow_base_mismatch=True"
+        )
+
+
+def _fill(model: nn.Module, saved: SavedAdapter) -> None:
+    """Copy tensors into parameters; all are checked before any is changed."""
+    parameters = adapter_parameters(model)
+    tensors = saved.tensors
+    missing = sorted(parameters.keys() - tensors.keys())
+    if missing:
+        raise CheckpointError(f"{saved.source}: lacks {shortened(missing)}")
+    unexpected = sorted(tensors.keys() - parameters.keys())
+    if unexpected:
+        raise CheckpointError(
+            f"{saved.source}: holds what this adapter has no place for: "
+            f"{shortened(unexpected)}"
+        )
+    for name, parameter in parameters.items():
+        wrong = _unfit(tensors[name], parameter)
+        if wrong:
+            raise CheckpointError(f"{saved.source}: {name} {wrong}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _unfit(tensor: Tensor, parameter: Tensor) -> str:
+    """Why a tensor cannot become a parameter, or nothing."""
+    if tensor.shape != parameter.shape:
+        shapes = tuple(tensor.shape), tuple(parameter.shape)
+        return f"has the shape {shapes[0]} instead of {shapes[1]}"
+    if torch.promote_types(tensor.dtype, parameter.dtype) != parameter.dtype:
+        return f"is {tensor.dtype}, which {parameter.dtype} cannot hold"
+    if not _is_finite(tensor):
+        return "holds NaN or infinity"
+    return ""
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # numpy takes one thread: hundreds of short parallel loops crawl on a busy machine
+    return bool(np.isfinite(tensor.float().numpy()).all())

@@ -1,0 +1,216 @@
+"""The low-rank algebra of collapse: nothing here is ever [O, I].
+
+A static update of rank r is kept as its two factors. Its singular values come from the
+QR of both factors and the SVD of the small core between them:
+
+    B^T = Q_b R_b    A^T = Q_a R_a    B^T A = Q_b (R_b R_a^T) Q_a^T
+
+Shape legend (this folder)
+    T tokens   E experts   I in features   O out features   r rank of one adapter
+    R sum of the ranks of the experts
+    Q rows of B: R, or the rank of one expert where all experts share B
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from molora.context import ForwardContext
+from molora.errors import WrapError
+from molora.experts import BilinearExperts, LoRAExperts
+from molora.layer import MoloraLinear
+
+
+class LowRank(NamedTuple):
+    """The static update Bt^T A."""
+
+    A_rI: Tensor
+    """Down projection, float64."""
+    Bt_rO: Tensor
+    """Transposed up projection with every scale folded in, float64."""
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of each factor."""
+        return self.A_rI.shape[0]
+
+
+@dataclass(frozen=True)
+class SiteFactors:
+    """The experts of one site, stacked along the rank.
+
+    Attributes:
+        path: Module path of the site.
+        A_RI: A of every expert, float64; repeated where the experts share it.
+        Bt_QO: Transposed B of every expert, float64; once where the experts share it.
+        expert_R: Expert that each row of A belongs to.
+        fold_R: Row of Bt that each row of A feeds.
+        scale_E: Scale of each expert, float64.
+        even_E: Mean gates of a router that prefers nobody: its total weight at the zero
+            input, spread evenly over the experts; float64.
+        shared_A: Whether several experts share one A.
+    """
+
+    path: str
+    A_RI: Tensor
+    Bt_QO: Tensor
+    expert_R: Tensor
+    fold_R: Tensor
+    scale_E: Tensor
+    even_E: Tensor
+    shared_A: bool
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, site: MoloraLinear) -> "SiteFactors":
+        """Read the factors of a site.
+
+        Raises:
+            WrapError: The expert family is not of the form scale * B A.
+        """
+        experts = site.experts
+        if not isinstance(experts, BilinearExperts):
+            raise WrapError(
+                f"site {site.path!r}: {type(experts).__name__} has no low-rank "
+                "factors, so it cannot be collapsed"
+            )
+        factors = experts.factors()
+        A, Bt = factors[0].detach(), factors[1].detach()
+        count, device = experts.num_experts, A.device
+        # padding rows are cut off; other families have none
+        ranks = [A.shape[1]] * count
+        if isinstance(experts, LoRAExperts):
+            ranks = experts.ranks
+        rows = [torch.arange(rank, device=device) for rank in ranks]
+        if Bt.shape[0] < count:
+            Bt_QO, fold_R = Bt[0], torch.cat(rows)
+        else:
+            Bt_QO = torch.cat([Bt[e, row] for e, row in enumerate(rows)])
+            fold_R = torch.arange(sum(ranks), device=device)
+        return cls(
+            path=site.path,
+            A_RI=torch.cat([A[e % len(A), r] for e, r in enumerate(rows)]).double(),
+            Bt_QO=Bt_QO.double(),
+            expert_R=torch.arange(count, device=device).repeat_interleave(
+                torch.tensor(ranks, device=device)
+            ),
+            fold_R=fold_R,
+            scale_E=torch.tensor(experts.scales(), device=device).double(),
+            even_E=_even_gates(site, A),
+            shared_A=A.shape[0] < count,
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.scale_E.shape[0]
+
+    @property
+    def total_rank(self) -> int:
+        """R."""
+        return self.A_RI.shape[0]
+
+    def gated(self, x_TI: Tensor, gates_TE: Tensor) -> Tensor:
+        """Gated rank vectors zg with update(x) = zg Bt, [T, Q]."""
+        return self._fold((x_TI @ self.A_RI.t()) * self._rows(gates_TE), dim=1)
+
+    def mixed(self, weights_E: Tensor) -> Tensor:
+        """P [Q, I] such that sum_e weights_e * delta_e = Bt^T P."""
+        return self._fold(self._rows(weights_E).unsqueeze(1) * self.A_RI, dim=0)
+
+    def combine(self, weights_E: Tensor) -> LowRank:
+        """sum_e weights_e * delta_e, exactly, at the least rank sharing allows."""
+        if self.Bt_QO.shape[0] < self.total_rank:
+            return LowRank(self.mixed(weights_E), self.Bt_QO)
+        Bt_RO = self._rows(weights_E).unsqueeze(1) * self.Bt_QO
+        if not self.shared_A:
+            return LowRank(self.A_RI, Bt_RO)
+        Bt_rO = Bt_RO.view(self.num_experts, -1, Bt_RO.shape[1]).sum(0)
+        return LowRank(self.A_RI[: Bt_rO.shape[0]], Bt_rO)
+
+    def expert(self, index: int) -> LowRank:
+        """The update of one expert, at its own rank."""
+        mine_R = self.expert_R == index
+        Bt_rO = self.Bt_QO[self.fold_R[mine_R]] * self.scale_E[index]
+        return LowRank(self.A_RI[mine_R], Bt_rO)
+
+    def _rows(self, weights: Tensor) -> Tensor:
+        """Weight and scale of the expert of each row, [..., R]."""
+        return (weights.double() * self.scale_E)[..., self.expert_R]
+
+    def _fold(self, values: Tensor, dim: int) -> Tensor:
+        """Sum the rows of A that feed one row of Bt."""
+        rows = self.Bt_QO.shape[0]
+        if rows == self.total_rank:
+            return values
+        shape = list(values.shape)
+        shape[dim] = rows
+        folded: Tensor = values.new_zeros(shape).index_add_(dim, self.fold_R, values)
+        return folded
+
+
+def _even_gates(site: MoloraLinear, A: Tensor) -> Tensor:
+    count = site.experts.num_experts
+    if site.router is None:
+        return torch.ones(1, dtype=torch.float64, device=A.device)
+    zero_1I = A.new_zeros(1, site.in_features)
+    total: Tensor = site.router(zero_1I, ForwardContext()).gates.sum().double()
+    return (total / count).expand(count)
+
+
+def truncate(
+    delta: LowRank, rank: int | None = None, energy: float | None = None
+) -> LowRank:
+    """Best approximation of lower rank in the Frobenius norm (Eckart and Young 1936).
+
+    Args:
+        delta: The update.
+        rank: Rank of the result, at most; None keeps what the factors can hold.
+        energy: Instead of a rank: keep the fewest singular values whose squares sum to
+            at least this share of all squares.
+
+    Returns:
+        The update with its singular values split evenly between both factors. Its rank
+        is the smallest of rank, r, I and O, and at least 1.
+    """
+    qa_Ir, ra = torch.linalg.qr(delta.A_rI.t())
+    qb_Or, rb = torch.linalg.qr(delta.Bt_rO.t())
+    u, s, vt = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
+    # the core is at most [min(r, O), min(r, I)]
+    kept = min(s.shape[0], rank or s.shape[0])
+    if energy is not None:
+        kept = _rank_for(s, energy)
+    root_r1 = s[:kept].sqrt().unsqueeze(1)
+    return LowRank(
+        root_r1 * (vt[:kept] @ qa_Ir.t()), root_r1 * (qb_Or @ u[:, :kept]).t()
+    )
+
+
+def _rank_for(s: Tensor, energy: float) -> int:
+    """Fewest leading singular values that hold this share of the squares."""
+    squares = s.square()
+    held = squares.cumsum(0)
+    # rounding must not ask for one value more than there is
+    enough = held >= energy * squares.sum() * (1 - 1e-12)
+    return int(enough.int().argmax()) + 1
+
+
+def norm(delta: LowRank) -> float:
+    """Frobenius norm of the update."""
+    ra = torch.linalg.qr(delta.A_rI.t(), mode="r").R
+    rb = torch.linalg.qr(delta.Bt_rO.t(), mode="r").R
+    return float((rb @ ra.t()).norm())
+
+
+def minus(a: LowRank, b: LowRank) -> LowRank:
+    """The update a - b."""
+    return LowRank(torch.cat([a.A_rI, b.A_rI]), torch.cat([a.Bt_rO, -b.Bt_rO]))
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """Divide part by whole; 0 when both are 0, None when only the whole is."""
+    if whole == 0:
+        return 0.0 if part == 0 else None
+    return part / whole

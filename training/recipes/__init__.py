@@ -1,0 +1,1 @@
+"""Training recipes: learning rates, schedules and hooks."""

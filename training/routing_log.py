@@ -1,0 +1,91 @@
+"""Where routing statistics go: a few numbers to print, all of them to files.
+
+The numbers are defined in monitor.py.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from molora.training.monitor import SiteUse
+
+
+def summary(uses: Mapping[str, SiteUse]) -> dict[str, float]:
+    """The few numbers that are printed: mean and extremes over sites."""
+    if not uses:
+        return {}
+    entropies = [use.entropy for use in uses.values()]
+    numbers = {
+        "routing/entropy_mean": math.fsum(entropies) / len(entropies),
+        "routing/entropy_min": min(entropies),
+        "routing/live_experts_min": min(use.live_experts for use in uses.values()),
+        "routing/max_mean_weight": max(max(u.mean_weight) for u in uses.values()),
+    }
+    for kind in dict.fromkeys(k for use in uses.values() for k in use.balance):
+        values = [use.balance[kind] for use in uses.values() if kind in use.balance]
+        numbers[f"routing/balance_{kind}"] = math.fsum(values) / len(values)
+    return numbers
+
+
+def scalars(uses: Mapping[str, SiteUse]) -> dict[str, float]:
+    """The numbers of every site, one scalar each, for TensorBoard."""
+    numbers: dict[str, float] = {}
+    for path, use in uses.items():
+        name = f"routing_sites/{path}"
+        numbers[f"{name}/max_mean_weight"] = max(use.mean_weight)
+        numbers[f"{name}/max_share"] = max(use.share)
+        numbers[f"{name}/entropy"] = use.entropy
+        numbers[f"{name}/live_experts"] = use.live_experts
+        for kind, value in use.balance.items():
+            numbers[f"{name}/balance_{kind}"] = value
+    return numbers
+
+
+class RoutingLog:
+    """JSON lines, one per site and log step.
+
+    Args:
+        path: The file. Lines of steps after the given one are dropped, and so is a line
+            that a kill cut short.
+        step: Step at which the run begins or goes on.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        if path.exists():
+            kept = [line for line in path.read_text("utf-8").split("\n") if line]
+            kept = [line for line in kept if _step(line) <= step]
+            fresh = path.with_name(path.name + ".tmp")
+            fresh.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+            fresh.replace(path)
+
+    def write(self, step: int, uses: Mapping[str, SiteUse]) -> None:
+        """Append the numbers of all sites."""
+        lines = [
+            json.dumps({"step": step, "site": path, **_rounded(asdict(use))})
+            for path, use in uses.items()
+        ]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+
+def _step(line: str) -> float:
+    """Step of a line; infinite where a kill cut it short."""
+    try:
+        return float(json.loads(line)["step"])
+    except json.JSONDecodeError:
+        return math.inf
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits are enough to read and keep the file small."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return value

@@ -76,7 +76,7 @@ def explain(
     lines = []
     problems = error.errors(include_url=False)
     for item in _likeliest(problems):
-        loc = [str(part) for part in item["loc"] if not _is_union_tag(part)]
+        loc = _place(item)
         path = ".".join([p for p in [where, *loc] if p]) or cls.__name__
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
@@ -105,21 +105,25 @@ def _is_union_tag(part: object) -> bool:
     )
 
 
+def _place(item: Any) -> tuple[str, ...]:
+    """Path of the field, without union members; an unknown key stays as written."""
+    loc = list(item["loc"])
+    key = loc[-1:] if item["type"] == "extra_forbidden" else []
+    outer = loc[: len(loc) - len(key)]
+    return tuple(str(p) for p in [p for p in outer if not _is_union_tag(p)] + key)
+
+
 def _likeliest(problems: list[Any]) -> list[Any]:
     """Of the complaints of a union's members, keep those of the member that was meant.
 
     A number out of range under ``int | list[int]`` is told as such, not also as being
     no list.
     """
-
-    def place(item: Any) -> tuple[Any, ...]:
-        return tuple(part for part in item["loc"] if not _is_union_tag(part))
-
-    specific = {place(p) for p in problems if not p["type"].endswith("_type")}
+    specific = {_place(p) for p in problems if not p["type"].endswith("_type")}
     return [
         p
         for p in problems
-        if not (p["type"].endswith("_type") and place(p) in specific)
+        if not (p["type"].endswith("_type") and _place(p) in specific)
     ]
 
 

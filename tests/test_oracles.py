@@ -1,0 +1,301 @@
+"""Banks, routers and objectives against numbers of other implementations.
+
+What the files hold, and where they come from, stands in oracles/README.md.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import molora
+from molora.context import ForwardContext
+from molora.model import sites
+from molora.routers import OBJECTIVES, TopKRouter
+
+FOLDER = Path(__file__).parent / "oracles"
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+DTYPES = [torch.float64, torch.float32]
+
+
+class Layer(nn.Module):
+    """A model of one layer, with the argument names of a language model."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.lin = nn.Linear(*reversed(weight.shape), bias=bias is not None)
+        self.lin.weight.data = weight
+        if bias is not None:
+            self.lin.bias.data = bias
+
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        y: Tensor = self.lin(inputs_embeds)
+        return y
+
+
+def load(name: str) -> dict[str, Tensor]:
+    """Tensors of one file; float64 results replace those of float32 steps."""
+    t = load_file(FOLDER / f"{name}.safetensors")
+    return t | {k.removeprefix("f64."): v for k, v in t.items() if k[:4] == "f64."}
+
+
+def near(got: Tensor | None, want: Tensor, what: str = "") -> None:
+    assert got is not None, what
+    assert got.shape == want.shape, what
+    tol = TOLERANCE[got.dtype] * max(1.0, float(want.abs().max()))
+    worst = float((got.double() - want.double()).abs().max())
+    assert worst <= tol, (what, worst, tol)
+
+
+def build(
+    t: dict[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    router: dict[str, Any],
+    balance: float | None = None,
+    kind: str = "switch",
+    pre: str = "",
+) -> tuple[Any, Any]:
+    """A wrapped one-layer model with the parameters of a file, and its site."""
+    A, B, R = t[pre + "plain.A"], t[pre + "plain.B"], t[pre + "plain.router"]
+    weight = t.get(pre + "base.weight", torch.zeros(B.shape[1], A.shape[-1]).double())
+    raw: dict[str, Any] = {
+        "target_modules": ["lin"],
+        "experts": {
+            "kind": "lora",
+            "num_experts": len(B),
+            "r": A.shape[-2],
+            "lora_alpha": float(t["scale"]) * A.shape[-2],
+            "shared": ["A"] if A.dim() == 2 else [],
+        },
+        "router": router,
+    }
+    if balance is not None:
+        raw["balance"] = [{"kind": kind, "weight": balance}]
+    config = molora.AdapterConfig.from_dict(raw)
+    model = molora.wrap(Layer(weight.clone(), t.get(pre + "base.bias")), config)
+    model.to(dtype).train()
+    site: Any = sites(model)["lin"]
+    with torch.no_grad():
+        site.experts.A.copy_(A if A.dim() == 3 else A[None])
+        site.experts.Bt.copy_(B.transpose(1, 2))
+        site.router.gate.weight.copy_(R)
+    return model, site
+
+
+def check(
+    t: dict[str, Tensor], model: Any, site: Any, *, pre: str = "", out: str = ""
+) -> dict[str, Tensor | None]:
+    """Compare output, gates and every gradient; return the gradients."""
+    dtype = site.experts.A.dtype
+    x = t[pre + "x"].to(dtype).requires_grad_()
+    with molora.record_routing(model) as trace:
+        y = model(x)
+    (y * t[pre + "c"].to(dtype)).sum().backward()
+    near(y.detach(), t[out + "y"], "y")
+    near(trace.sites["lin"].gates[0], t[out + "gates"], "recorded gates")
+    gates = site.router(x.detach().flatten(0, 1), ForwardContext()).gates.detach()
+    near(gates.view_as(t[out + "gates"]), t[out + "gates"], "gates")
+    dA, dB = site.experts.A.grad, site.experts.Bt.grad.transpose(1, 2)
+    dA = dA if t[out + "grad.A"].dim() == 3 else dA[0]
+    got = {"A": dA, "B": dB, "router": site.router.gate.weight.grad, "x": x.grad}
+    for name, value in got.items():
+        near(value, t[f"{out}grad.{name}"], f"grad.{name}")
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["loramoe", "hydralora"])
+def test_soft_mixtures(name: str, dtype: torch.dtype) -> None:
+    t = load(name)
+    check(t, *build(t, dtype, router={"kind": "soft"}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mola_with_its_balance_loss(dtype: torch.dtype) -> None:
+    t = load("mola")
+    router = {"kind": "topk", "top_k": int(t["top_k"])}
+    model, site = build(t, dtype, router=router, balance=1.0)
+    model.molora_runtime.stats = {}
+    check(t, model, site)
+    near(model.molora_runtime.stats["lin"].balance["switch"], t["aux"], "aux")
+
+
+def mola_masked(t: dict[str, Tensor]) -> Tensor:
+    """The documented correction: f and P over real tokens only."""
+    p = torch.softmax(t["x"] @ t["plain.router"].T, -1).reshape(-1, 5)
+    hot = torch.zeros_like(p).scatter(-1, p.topk(int(t["top_k"])).indices, 1.0)
+    m = t["mask"].reshape(-1, 1).double()
+    f = (hot * m).sum(0) / (hot * m).sum()
+    return 5 * (f * (p * m).sum(0) / m.sum()).sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mola_masked_balance_loss_and_its_gradient(dtype: torch.dtype) -> None:
+    t = load("mola")
+    router = {"kind": "topk", "top_k": int(t["top_k"])}
+    model, site = build(t, dtype, router=router, balance=0.7)
+    model.molora_runtime.stats = {}
+    x = t["x"].to(dtype).requires_grad_()
+    y = model(x, attention_mask=t["mask"])
+    (y * 0).sum().backward()
+    value = model.molora_runtime.stats["lin"].balance["switch"]
+    near(value, t["alt.aux_masked"], "aux")
+    # the loss is 0, so what is left is the gradient of the objective alone
+    leaves = {n: t[n].double().requires_grad_() for n in ("x", "plain.router")}
+    aux = mola_masked({**t, **leaves})
+    near(aux.detach(), t["alt.aux_masked"])
+    dx, dr = torch.autograd.grad(0.7 * aux, list(leaves.values()))
+    near(x.grad, dx, "x")
+    near(site.router.gate.weight.grad, dr, "router")
+    assert x.grad is not None
+    assert torch.equal(x.grad[t["mask"] == 0], torch.zeros_like(x[t["mask"] == 0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mole_topk(dtype: torch.dtype) -> None:
+    t = load("mole_topk")
+    K = int(t["top_k"])
+    # its f sums to K: the official loss is K times the one that is 1 when uniform
+    model, site = build(t, dtype, router={"kind": "topk", "top_k": K}, balance=float(K))
+    model.molora_runtime.stats = {}
+    check(t, model, site)
+    value = model.molora_runtime.stats["lin"].balance["switch"]
+    near(value, t["alt.aux_switch_normalised"], "aux")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", ["soft", "topk"])
+def test_molora_without_renormalisation(variant: str, dtype: torch.dtype) -> None:
+    t = load("molora_mov")
+    router: dict[str, Any] = {"kind": variant}
+    if variant == "topk":
+        router |= {"top_k": int(t["top_k"]), "renormalize": False}
+    check(t, *build(t, dtype, router=router), out=f"{variant}.")
+
+
+def test_molora_renormalised_gates() -> None:
+    t = load("molora_mov")
+    router = {"kind": "topk", "top_k": int(t["top_k"])}
+    model, _ = build(t, torch.float64, router=router)
+    with molora.record_routing(model) as trace:
+        model(t["x"])
+    near(trace.sites["lin"].gates[0], t["alt.topk.gates_renormalised"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ldmole_softmax_and_its_losses(dtype: torch.dtype) -> None:
+    t = load("ldmole_softmax")
+    t |= {f"m0.{k}": v for k, v in t.items() if k == "scale"}
+    # its own balance loss is constant for soft gates, so it has no gradient
+    model, site = build(t, dtype, router={"kind": "soft"}, pre="m0.")
+    check(t, model, site, pre="m0.", out="m0.")
+    for masked in (False, True):
+        model, site = build(
+            t, dtype, router={"kind": "soft"}, balance=1.0, kind="z", pre="m0."
+        )
+        model.molora_runtime.stats = {}
+        mask = t["mask"] if masked else None
+        (model(t["m0.x"].to(dtype), attention_mask=mask) * 0).sum().backward()
+        value = model.molora_runtime.stats["lin"].balance["z"]
+        near(value, t["alt.z_loss_masked"] if masked else t["z_loss"])
+        if not masked:
+            near(site.router.gate.weight.grad, t["m0.grad_zloss.router"])
+    model, _ = build(t, dtype, router={"kind": "soft"}, balance=1.0, pre="m0.")
+    model.molora_runtime.stats = {}
+    model(t["m0.x"].to(dtype), attention_mask=t["mask"])
+    value = model.molora_runtime.stats["lin"].balance["switch"]
+    near(value, t["alt.aux_switch_top1"])
+
+
+class Layers(nn.Module):
+    """Six sites that read given tensors: their router logits are their input."""
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList(nn.Linear(w, w, bias=False) for _ in range(3)) for w in widths
+        )
+
+    def forward(
+        self, inputs: list[Tensor], input_ids: Tensor, attention_mask: Any = None
+    ) -> Tensor:
+        total = torch.zeros(())
+        for values, modules in zip(inputs, self.layers, strict=True):
+            for value, module in zip(values, modules, strict=True):  # type: ignore
+                total = total + module(value).sum() * 0
+        return total
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_mola_balance_is_averaged_over_modules(masked: bool) -> None:
+    t = load("mola_balance")
+    (n0, n1), (k0, k1) = t["num_experts"].tolist(), t["top_k"].tolist()
+    config = molora.AdapterConfig.from_dict(
+        {
+            "target_modules": r"layers\.\d\.\d",
+            "experts": {"kind": "lora", "num_experts": n0, "r": 1},
+            "router": {"kind": "topk", "top_k": k0},
+            "balance": [{"kind": "switch", "weight": 0.5}],
+            "overrides": [
+                {
+                    "match": r"layers\.1\.",
+                    "experts": {"num_experts": n1},
+                    "router": {"top_k": k1},
+                }
+            ],
+        }
+    )
+    model: Any = molora.wrap(Layers([n0, n1]), config).double().train()
+    for site in sites(model).values():
+        assert site.router is not None
+        nn.init.eye_(site.router.gate.weight)  # type: ignore
+    model.molora_runtime.stats = {}
+    logits = [t[f"logits.layer{i}"].view(3, 2, 11, -1) for i in (0, 1)]
+    leaves = [value.clone().requires_grad_() for value in logits]
+    ids = torch.zeros(2, 11)
+    model(leaves, ids, attention_mask=t["mask"] if masked else None).backward()
+    stats = model.molora_runtime.stats
+    got = torch.stack([s.balance["switch"] for s in stats.values()]).view(2, 3)
+    want = t["alt.aux_per_module_masked" if masked else "aux_per_module"]
+    near(got, want)
+    if not masked:
+        near(got.mean(), t["alt.aux_mean_over_modules"])
+    # gradient of 0.5 * mean over the six modules, by plain autograd
+    losses = []
+    twins = [value.clone().requires_grad_() for value in logits]
+    for twin, k in zip(twins, (k0, k1), strict=True):
+        m = t["mask"].double() if masked else torch.ones(2, 11).double()
+        for z in twin:
+            p = torch.softmax(z, -1)
+            hot = torch.zeros_like(p).scatter(-1, p.topk(k).indices, 1.0) * m[..., None]
+            f, mean_p = hot.sum((0, 1)) / hot.sum(), (p * m[..., None]).sum((0, 1))
+            losses.append(p.shape[-1] * (f * mean_p / m.sum()).sum())
+    (0.5 * torch.stack(losses).mean()).backward()
+    for leaf, twin in zip(leaves, twins, strict=True):
+        assert twin.grad is not None
+        near(leaf.grad, twin.grad)
+
+
+def test_objectives_read_only_the_routing() -> None:
+    """The two losses of one file from its stored logits, without any model."""
+    t = load("mola")
+    router: Any = TopKRouter(
+        TopKRouter.Config(kind="topk", top_k=int(t["top_k"])),
+        in_features=5,
+        num_experts=5,
+        site="m",
+        generator=torch.Generator(),
+    )
+    nn.init.eye_(router.gate.weight)
+    logits = t["router_logits"].view(-1, 5)
+    routing = router.double()(logits, ForwardContext())
+    switch = OBJECTIVES["switch"](OBJECTIVES["switch"].Config(kind="switch", weight=1))
+    near(switch(routing, None).detach(), t["aux"])
+    masked = switch(routing, t["mask"].view(-1).bool())
+    near(masked.detach(), t["alt.aux_masked"])

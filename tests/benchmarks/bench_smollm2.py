@@ -98,9 +98,11 @@ def interleave(
     return seconds
 
 
-def peak_memory(kind: str, dtype: str) -> int:
+def peak_memory(kind: str, options: argparse.Namespace) -> int:
     """Peak resident bytes of a process that runs one training step."""
-    command = [sys.executable, __file__, "--measure-memory", kind, "--dtype", dtype]
+    command = [sys.executable, __file__, "--measure-memory", kind]
+    for name in ("dtype", "rows", "length"):
+        command += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
@@ -126,11 +128,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens to decode")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    ids = torch.randint(0, 49152, (4, 128), generator=torch.Generator().manual_seed(0))
+    shape = (options.rows, options.length)
+    ids = torch.randint(0, 49152, shape, generator=torch.Generator().manual_seed(0))
     if options.measure_memory:
         train_step(build(options.measure_memory, options.dtype), ids)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -141,10 +146,11 @@ def main() -> None:
     del models["molora with balance"]
     speed = interleave(models, lambda m: decode(m, ids, options.tokens), options.rounds)
     del models
-    memory = {name: peak_memory(name, options.dtype) for name in ("peft", "molora")}
+    memory = {name: peak_memory(name, options) for name in ("peft", "molora")}
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "dtype": options.dtype,
+        "shape": shape,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,

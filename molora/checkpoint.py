@@ -285,7 +285,8 @@ def _unfit(tensor: Tensor, parameter: Tensor) -> str:
     if tensor.shape != parameter.shape:
         shapes = tuple(tensor.shape), tuple(parameter.shape)
         return f"has the shape {shapes[0]} instead of {shapes[1]}"
-    if torch.promote_types(tensor.dtype, parameter.dtype) != parameter.dtype:
+    wider = torch.promote_types(tensor.dtype, parameter.dtype) != parameter.dtype
+    if wider or not tensor.is_floating_point():
         return f"is {tensor.dtype}, which {parameter.dtype} cannot hold"
     if not _is_finite(tensor):
         return "holds NaN or infinity"

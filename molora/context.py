@@ -302,7 +302,8 @@ def forward_context(
         inputs = arguments.get("inputs_embeds")
     positions = inputs.shape[1] if isinstance(inputs, Tensor) else None
     if isinstance(mask, Tensor):
-        mask_BS = _from_attention_mask(mask, positions)
+        cache = arguments.get("past_key_values")
+        mask_BS = _from_attention_mask(mask, positions, cache)
         return ForwardContext(mask_BS, tasks, "attention_mask")
     position_ids = arguments.get("position_ids")
     if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
@@ -313,11 +314,17 @@ def forward_context(
     return ForwardContext(tasks=tasks)
 
 
-def _from_attention_mask(mask: Tensor, positions: int | None) -> Tensor:
+def _from_attention_mask(mask: Tensor, positions: int | None, cache: Any) -> Tensor:
     """Real tokens of a 2-D mask, or of the diagonal of a 4-D one."""
     if mask.dim() == 4:
-        last = mask[:, 0, :, -mask.shape[-2] :]
-        diagonal = last.diagonal(dim1=-2, dim2=-1)
+        rows, _, queries, keys = mask.shape
+        # a static cache has columns after those of the input; stay on the device
+        start = keys - queries
+        if cache is not None:
+            start = torch.as_tensor(cache.get_seq_length()).clamp(max=start)
+        columns_S = torch.arange(queries, device=mask.device) + start
+        columns_BS1 = columns_S.expand(rows, -1).unsqueeze(-1)
+        diagonal = mask[:, 0].gather(-1, columns_BS1).squeeze(-1)
         return diagonal >= 0 if diagonal.is_floating_point() else diagonal.bool()
     if mask.dim() != 2:
         raise RoutingError(

@@ -250,19 +250,19 @@ def _methods_table(losses: dict[str, Scores], kept: dict[str, float]) -> Table:
     for column in ("method", *names, "mean", "kept"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method, scores in losses.items():
-        rank = "rank of all experts" if method == "concat" else f"rank {RANK}"
+        rank = "full rank" if method == "concat" else f"rank {RANK}"
         cells = [f"{scores[name].loss:.3f}" for name in names]
         mean = f"{_mean_loss(scores):.3f}"
-        table.add_row(f"{method} ({rank})", *cells, mean, f"{kept[method]:.1%}")
+        table.add_row(f"{method}, {rank}", *cells, mean, f"{kept[method]:.1%}")
     return table
 
 
 def _tasks_table(columns: dict[str, Scores], best: str) -> Table:
     table = Table(title="Per task: loss, and accuracy or exact match")
-    table.add_column("task")
-    table.add_column("metric")
+    table.add_column("task\n")
+    table.add_column("loss\nscore")
     for column in columns:
-        title = f"collapsed ({best}, {RANK})" if column == best else column
+        title = f"collapsed\n{best}, {RANK}" if column == best else f"{column}\n"
         table.add_column(title, justify="right")
     for task, first in next(iter(columns.values())).items():
         metric = "accuracy" if first.accuracy is not None else "exact match"
@@ -271,6 +271,6 @@ def _tasks_table(columns: dict[str, Scores], best: str) -> Table:
             result = scores[task]
             score = result.exact_match if result.accuracy is None else result.accuracy
             shown = "-" if score is None else f"{score:.1%}"
-            cells.append(f"{result.loss:.3f}  {shown}")
-        table.add_row(task, metric, *cells)
+            cells.append(f"{result.loss:.3f}\n{shown}")
+        table.add_row(task, f"loss\n{metric}", *cells, end_section=True)
     return table

@@ -48,6 +48,14 @@ class Manifest(Schema):
     """Checksum of the base that an adapter belongs to; None for other folders."""
     extra: dict[str, Any] = {}
     """What the writer added, for example the step of a training run."""
+    checksum: str = ""
+    """Checksum of all the fields above, in hexadecimal digits."""
+
+    def computed(self) -> str:
+        """What ``checksum`` has to be."""
+        fields = self.to_dict()
+        del fields["checksum"]
+        return digest(fields)
 
 
 def write_manifest(folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
@@ -75,7 +83,8 @@ def write_manifest(folder: str | Path, extra: Mapping[str, Any] | None = None) -
         base_fingerprint=base,
         extra=dict(extra or {}),
     )
-    write_json(folder / MANIFEST, manifest.to_dict())
+    checksum = manifest.computed()
+    write_json(folder / MANIFEST, {**manifest.to_dict(), "checksum": checksum})
 
 
 def check_manifest(folder: Path) -> Manifest:
@@ -117,6 +126,11 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.from_dict(raw)
     except ConfigError as error:
         raise CheckpointError(f"{path}: damaged or not molora's: {error}") from None
+    if manifest.checksum != manifest.computed():
+        raise CheckpointError(
+            f"{path}: its checksum differs from its content; it was damaged or changed "
+            "after it was saved"
+        )
     for name in manifest.files:
         if not _is_plain(name):
             raise CheckpointError(
@@ -210,7 +224,7 @@ def _is_plain(name: str) -> bool:
     path = PurePosixPath(name)
     odd = set(name) & set("\\:\0")
     return (
-        bool(name)
+        bool(path.parts)
         and not odd
         and not path.is_absolute()
         and ".." not in path.parts

@@ -1,16 +1,11 @@
 """Broken, foreign and contested checkpoints: a clear error, and nothing is lost."""
 
+import hashlib
 import json
 import multiprocessing
 import os
-import random
-import resource
 import shutil
-import signal
-import time
 from collections.abc import Callable
-from itertools import count
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import molora
-from molora.atomic import atomic_folder
 from molora.checkpoint import (
     load_adapter_state,
     newest_valid,
     verify,
-    write_adapter,
     write_manifest,
 )
 from molora.errors import CheckpointError
@@ -95,7 +88,8 @@ def pointer(path: Path) -> None:
 
 DAMAGE = {
     "half": cut(lambda size: size // 2),
-    "less": cut(lambda size: size - 1),
+    # a text file can miss its last line end
+    "less": cut(lambda size: size - 2),
     "more": cut(lambda size: size + 1),
     "four": cut(lambda size: 4),
     "empty": cut(lambda size: 0),
@@ -130,11 +124,19 @@ def test_a_file_that_was_bad_when_it_was_listed(
     refused(out, tiny_llama, TENSORS)
 
 
+def rewrite(path: Path, raw: dict[str, Any]) -> None:
+    """Write a manifest by hand, with a checksum that holds."""
+    rest = {name: value for name, value in raw.items() if name != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps({**rest, "checksum": checksum}))
+
+
 def test_no_path_leads_out_of_the_folder(tiny_llama: Factory, out: Path) -> None:
     raw = json.loads((out / MANIFEST).read_text())
     for name in ("../x", "/etc/passwd", "a/../../x", "", ".", "a\\b", "c:x", "a//b"):
         raw["files"][name] = {"size": 0, "sha256": ""}
-        (out / MANIFEST).write_text(json.dumps(raw))
+        rewrite(out / MANIFEST, raw)
         refused(out, tiny_llama, "no path inside the folder")
         del raw["files"][name]
 
@@ -142,7 +144,7 @@ def test_no_path_leads_out_of_the_folder(tiny_llama: Factory, out: Path) -> None
 def test_files_have_to_be_listed(tiny_llama: Factory, out: Path) -> None:
     raw = json.loads((out / MANIFEST).read_text())
     del raw["files"][TENSORS]
-    (out / MANIFEST).write_text(json.dumps(raw))
+    rewrite(out / MANIFEST, raw)
     refused(out, tiny_llama, f"does not list {TENSORS}")
 
 
@@ -195,7 +197,7 @@ def edit_tensors(out: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> N
             rf"{KEY} has the shape \(4, 2, 32\) instead of \(4, 4, 32\)",
         ),
         (lambda t: t.update({KEY: t[KEY].double()}), f"{KEY} is torch.float64"),
-        (lambda t: t.update({KEY: t[KEY].long()}), "finite|int64"),
+        (lambda t: t.update({KEY: t[KEY].long()}), f"{KEY} is torch.int64"),
         (lambda t: t[KEY][1, 2, 3].fill_(torch.nan), f"{KEY} holds NaN"),
         (lambda t: t[KEY][1, 2, 3].fill_(-torch.inf), f"{KEY} holds NaN or infinity"),
     ],
@@ -281,121 +283,3 @@ def test_without_steps_time_decides(out: Path) -> None:
     flip(out / TENSORS)
     path, skipped = newest_valid(root)
     assert path == root / "a" and [folder for folder, _ in skipped] == [out]
-
-
-# processes that die, and that meet
-
-
-def stamp(model: PreTrainedModel, value: float) -> None:
-    with torch.no_grad():
-        for parameter in adapter_parameters(model).values():
-            parameter.fill_(value)
-
-
-def stamped(folder: Path) -> int:
-    """The one value that every number of a valid checkpoint has."""
-    verify(folder)
-    values = {v for t in load_file(folder / TENSORS).values() for v in t.unique()}
-    assert len({float(v) for v in values}) == 1
-    return int(values.pop())
-
-
-def save_for_ever(model: PreTrainedModel, root: Path, first: int, link: Any) -> None:
-    torch.set_num_threads(1)
-    for step in count(first):
-        stamp(model, step)
-        model.save_pretrained(root / "steps" / f"checkpoint-{step}")
-        model.save_pretrained(root / "out")
-        model.save_pretrained(root / "mixed")
-        link.send(step)
-
-
-def test_kill_at_twenty_moments(tiny_llama: Factory, tmp_path: Path) -> None:
-    model = wrapped(tiny_llama())
-    moments = random.Random(0)
-    (tmp_path / "mixed").mkdir()
-    (tmp_path / "mixed" / "notes").write_text("mine")
-    done = 0
-    for _ in range(20):
-        receiving, sending = FORK.Pipe(duplex=False)
-        arguments = (model, tmp_path, done + 1, sending)
-        child = FORK.Process(target=save_for_ever, args=arguments)
-        child.start()
-        done = receiving.recv()
-        time.sleep(moments.uniform(0, 0.15))
-        child.kill()
-        child.join()
-        done = last(receiving, sending, done)
-        newest, skipped = newest_valid(tmp_path / "steps")
-        assert newest is not None and skipped == []
-        assert stamped(newest) == int(newest.name.split("-")[1])
-        # what was reported is there; at most what came next is there as well
-        found = [stamped(newest), *(stamped(tmp_path / n) for n in ("out", "mixed"))]
-        assert set(found) <= {done, done + 1}
-        done = max(found)
-        assert (tmp_path / "mixed" / "notes").read_text() == "mine"
-    os.truncate(newest / TENSORS, 1000)
-    older, skipped = newest_valid(tmp_path / "steps")
-    assert older is not None and stamped(older) < done
-    assert [folder for folder, _ in skipped] == [newest]
-    stamp(model, done + 1)
-    for name in ("steps/checkpoint-0", "out", "mixed"):
-        model.save_pretrained(tmp_path / name)
-    left = [p.name for p in tmp_path.rglob(".*")]
-    assert left == []
-
-
-def last(receiving: Connection, sending: Connection, done: int) -> int:
-    """The last number that was sent before the sender was killed."""
-    sending.close()
-    try:
-        while True:
-            done = receiving.recv()
-    except EOFError:
-        return done
-
-
-def test_a_full_disk_leaves_the_last_save(tiny_llama: Factory, tmp_path: Path) -> None:
-    model = wrapped(tiny_llama())
-    stamp(model, 1)
-    model.save_pretrained(tmp_path / "out")
-    stamp(model, 2)
-
-    def work() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
-        with pytest.raises(CheckpointError, match="out: cannot be written"):
-            model.save_pretrained(tmp_path / "out")
-
-    child = FORK.Process(target=work)
-    child.start()
-    child.join()
-    assert child.exitcode == 0
-    assert stamped(tmp_path / "out") == 1
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_two_writers(tiny_llama: Factory, tmp_path: Path) -> None:
-    model = wrapped(tiny_llama())
-    stamp(model, 1)
-    model.save_pretrained(tmp_path / "out")
-    receiving, sending = FORK.Pipe(duplex=False)
-
-    def work() -> None:
-        with atomic_folder(tmp_path / "out") as folder:
-            write_adapter(model, folder)
-            sending.send(1)
-            time.sleep(60)
-
-    child = FORK.Process(target=work)
-    child.start()
-    receiving.recv()
-    stamp(model, 2)
-    with pytest.raises(CheckpointError, match="out: another process is saving"):
-        model.save_pretrained(tmp_path / "out")
-    assert stamped(tmp_path / "out") == 1
-    child.kill()
-    child.join()
-    model.save_pretrained(tmp_path / "out")
-    assert stamped(tmp_path / "out") == 2
-    assert os.listdir(tmp_path) == ["out"]

@@ -192,3 +192,26 @@ def test_mixed_layers_generate_alike(tiny_gpt2: Factory) -> None:
     single = [model.generate(s[None], **settings)[0, len(s) :] for s in seqs]
     batch = model.generate(**left(seqs), **settings)[:, 7:]
     assert torch.equal(batch, torch.stack(single))
+
+
+def test_a_static_cache_changes_neither_tokens_nor_records(tiny_llama: Factory) -> None:
+    model = build(tiny_llama, "lora", "topk")
+    outs, records = [], []
+    for kind in ("dynamic", "static"):
+        with tasks(model, *TASKS), molora.record_routing(model) as trace:
+            outs.append(
+                model.generate(
+                    **left(prompts()),
+                    max_new_tokens=4,
+                    min_new_tokens=4,
+                    do_sample=False,
+                    cache_implementation=kind,
+                )
+            )
+        records.append(trace.sites["model.layers.1.mlp.up_proj"])
+    assert torch.equal(*outs)
+    # prompts of 7, 3 and 5 tokens and three new ones that are read again
+    assert records[0].tokens == records[1].tokens == {"sql": 18, "chat": 6}
+    for task in ("sql", "chat"):
+        sums = [record.gate_sum[task] for record in records]
+        assert torch.allclose(*sums, atol=1e-4)

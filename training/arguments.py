@@ -113,6 +113,9 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             "has no effect; commands (molora train, molora evaluate) and their options "
             "decide what is run"
         )
+    if value is False and "no" in _choices(hint):
+        # YAML reads a bare no as false
+        value = "no"
     try:
         typed = pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
@@ -143,10 +146,17 @@ def _check_number(name: str, value: Any) -> None:
 
 def _check_choice(value: Any, hint: Any) -> None:
     """Check a string that transformers will look up in an enum."""
-    for member in typing.get_args(hint):
-        is_enum = isinstance(member, type) and issubclass(member, Enum)
-        if is_enum and isinstance(value, str) and not isinstance(value, Enum):
-            _one_of(value, [str(choice.value) for choice in member])
+    choices = _choices(hint)
+    if choices and isinstance(value, str) and not isinstance(value, Enum):
+        _one_of(value, choices)
+
+
+def _choices(hint: Any) -> list[str]:
+    """Values of the enum that a field's type names, if it names one."""
+    for member in typing.get_args(hint) or [hint]:
+        if isinstance(member, type) and issubclass(member, Enum):
+            return [str(choice.value) for choice in member]
+    return []
 
 
 def _one_of(value: str, choices: list[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
@@ -73,7 +74,8 @@ def collapse(
         collapser.check(site)
     before = _losses(evaluate, model)
     with in_eval(model):
-        run = _Run(model, collapser, factors, Progress(disable=not show_progress))
+        bar = Progress(console=Console(stderr=True), disable=not show_progress)
+        run = _Run(model, collapser, factors, bar)
         if calibration is None:
             run.without_data()
         else:

@@ -39,7 +39,8 @@ class Calibrated(Collapser):
     """Nearest static update on sample activations, truncated in the input's metric.
 
     Limitations: each site is fitted on the inputs it has in the mixture, so errors of
-    earlier layers are not made up for; an [I, I] system is solved per site.
+    earlier layers are not made up for; the reported error is on the rows that chose
+    lambda, a choice among a few; an [I, I] system is solved per lambda and site.
     """
 
     class Config(CollapseConfig):

@@ -377,6 +377,37 @@ def test_sites_with_one_input_are_found_and_stay_together(
         assert all(leaders[path] in group for path in group)
 
 
+class Doubling(nn.Module):
+    """Doubles a tensor in place between two layers that read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(128, 6)
+        self.first = nn.Linear(6, 5)
+        self.second = nn.Linear(6, 5)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        y = self.first(x)
+        x.mul_(2)
+        return y + self.second(x)
+
+
+def test_a_tensor_changed_in_place_is_another_input() -> None:
+    torch.manual_seed(0)
+    model = mixture(
+        Doubling(), {"target_modules": ["first", "second"], "experts": PLAIN}
+    )
+    rows = [{k: v for k, v in b.items() if k != "labels"} for b in data()]
+    seen = Watched(model, rows)
+    report = quiet(model, "linear", rank=1, calibration=rows).report
+    for path, site in sites(model).items():
+        x, d = seen.get("x", path, HELD), seen.get("d", path, HELD)
+        off = x @ site.delta_weight().detach().double().numpy().T - d
+        error = np.linalg.norm(off) / np.linalg.norm(d)
+        assert report.sites[path].error == pytest.approx(error, rel=1e-4)
+
+
 def test_losses_are_asked_for_before_and_after(
     tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -245,7 +245,8 @@ def test_bf16_error_is_that_of_correct_rounding(
     for name, value in exact.items():
         ours = (got[name].double() - value).norm()
         theirs = (rounded[name] - value).norm()
-        assert ours <= 1.5 * theirs + 1e-12, (name, float(ours), float(theirs))
+        # 1.5 is the figure to reach; a needless rounding already shows at 1.1
+        assert ours <= 1.1 * theirs + 1e-12, (name, float(ours), float(theirs))
 
 
 def test_few_and_many_tokens_agree_to_rounding(bf16_cpu: str) -> None:

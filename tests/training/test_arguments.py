@@ -77,3 +77,10 @@ def test_all_mistakes_come_at_once_under_the_given_name() -> None:
     ]
     with pytest.raises(ConfigError, match="expected a mapping"):
         build_arguments([1])  # type: ignore[arg-type]
+
+
+def test_bare_no_of_yaml_means_the_word(tmp_path: Path) -> None:
+    arguments, _ = build_arguments(
+        {"output_dir": str(tmp_path), "save_strategy": False, "use_cpu": True}
+    )
+    assert arguments.save_strategy == "no"

@@ -360,6 +360,19 @@ def test_mixture_is_drawn_anew_and_forwards_know_their_tasks(
     assert {name for batch in seen for name in batch["tasks"]} == {"sql", "chat"}
 
 
+def test_sampler_follows_the_epoch_of_the_run(
+    tiny_llama: Factory, tmp_path: Path
+) -> None:
+    """accelerate tells it too, but not under several processes after a resume."""
+    trainer = trainer_for(wrapped(tiny_llama), tmp_path, mixture())
+    sampler = trainer._get_train_sampler()
+    trainer.state.epoch = 2.6
+    trainer.callback_handler.on_epoch_begin(
+        trainer.args, trainer.state, trainer.control
+    )
+    assert list(sampler) == MixtureSampler(mixture(), seed=42).draw(2)
+
+
 def test_evaluation_by_task(tiny_llama: Factory, tmp_path: Path) -> None:
     model = wrapped(tiny_llama)
     trainer = MoloraTrainer(

@@ -1,0 +1,1 @@
+"""What the subcommands of ``molora`` do; ``molora.cli`` reads their arguments."""

@@ -1,0 +1,129 @@
+"""molora collapse, molora merge and molora export."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import molora
+from molora.atomic import atomic_folder
+from molora.checkpoint import write_manifest
+from molora.commands import session
+from molora.errors import ConfigError
+from molora.run_config import RunConfig
+from molora.training.data import Collator, EvalSet, MixtureSampler, build_mixture
+
+BATCH = 8
+"""Rows of a calibration batch."""
+
+WORST = 5
+"""Sites that the table of errors shows; the JSON file has all of them."""
+
+
+def collapse(config: RunConfig, adapter: Path, output: Path) -> None:
+    """Turn the mixture into one adapter, and tell what that costs.
+
+    Where tasks have evaluation rows, their losses are measured before and after.
+
+    Args:
+        config: The run.
+        adapter: Folder of the mixture.
+        output: Folder of the result; the report goes beside it, as ``<output>.json``.
+
+    Raises:
+        MoloraError: No adapter, data that cannot be read, settings that do not fit.
+    """
+    model, tokenizer = session.trained(config, adapter)
+    batches = calibration(config, tokenizer)
+    sets = {
+        name: _loss_only(eval_set)
+        for name, eval_set in session.eval_sets(config, tokenizer).items()
+    }
+
+    def losses(model: PreTrainedModel) -> dict[str, float]:
+        results = session.scores(config, model, tokenizer, sets)
+        return {name: result.loss for name, result in results.items()}
+
+    settings = config.collapse
+    result = molora.collapse(
+        model,
+        method=settings.method,
+        calibration=batches,
+        evaluate=losses if sets else None,
+        **settings.options,
+    )
+    model.save_pretrained(output)
+    session.note(f"Wrote {output}")
+    report = output.with_name(output.name + ".json")
+    try:
+        result.save(report)
+    except OSError as error:
+        raise ConfigError(f"{report}: cannot be written: {error.strerror}") from error
+    session.note(f"Wrote {report}")
+    session.out.print(result.table(worst=WORST))
+    if sets:
+        session.out.print(result.report.loss_table())
+
+
+def merge(config: RunConfig, adapter: Path, output: Path) -> None:
+    """Fold a one-expert adapter into the base and write a plain model.
+
+    Args:
+        config: The run.
+        adapter: Folder of the adapter.
+        output: Folder for the model and its tokenizer.
+
+    Raises:
+        MoloraError: No adapter, one with several experts, or a folder in the way.
+    """
+    model, tokenizer = session.trained(config, adapter)
+    plain = molora.unwrap(molora.merge(model))
+    with atomic_folder(output) as folder:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # marks the folder as ours, which a later merge may replace
+        write_manifest(folder, {"base_model": config.model.name})
+    session.note(f"Wrote {output}")
+
+
+def export(config: RunConfig, adapter: Path, output: Path) -> None:
+    """Write a one-expert adapter as a PEFT LoRA.
+
+    Args:
+        config: The run.
+        adapter: Folder of the adapter.
+        output: Folder to write.
+
+    Raises:
+        MoloraError: No adapter, or one that PEFT cannot express.
+    """
+    model, _ = session.trained(config, adapter)
+    molora.export_peft(model, output)
+    session.note(f"Wrote {output}")
+
+
+def calibration(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """Batches of training rows, those that an epoch would begin with.
+
+    Returns:
+        What the model takes, and the names of the rows' tasks under ``tasks``.
+    """
+    mixture = build_mixture(config.data, tokenizer)
+    order = MixtureSampler(mixture, config.seed).draw(0)
+    rows = [mixture[i] for i in order[: config.collapse.calibration_rows]]
+    collate = Collator(session.filler(tokenizer))
+    batches: list[dict[str, Any]] = []
+    for start in range(0, len(rows), BATCH):
+        batch: dict[str, Any] = collate(rows[start : start + BATCH])
+        ids = batch.pop("task_ids").tolist()
+        batches.append({**batch, "tasks": [mixture.task_names[i] for i in ids]})
+    return batches
+
+
+def _loss_only(eval_set: EvalSet) -> EvalSet:
+    """The same rows, without the scores that take generation."""
+    task = eval_set.task.model_copy(update={"labels": None, "exact_match": False})
+    return dataclasses.replace(eval_set, task=task)

@@ -1,0 +1,143 @@
+"""What several commands need: consoles, the trained model, files for results."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import molora
+from molora.base_models import load_base
+from molora.errors import CheckpointError, ConfigError
+from molora.run_config import RunConfig
+from molora.training.arguments import build_arguments
+from molora.training.data import EvalSet, build_eval_sets
+from molora.training.evaluation import TaskResult, evaluate
+
+T = TypeVar("T")
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+out = Console()
+"""Results go here."""
+
+notes = Console(stderr=True)
+"""Remarks and progress go here, so that results can be piped."""
+
+
+def base(config: RunConfig) -> Loaded:
+    """Load the base model of a run and its tokenizer."""
+    settings = config.model
+    return load_base(settings.name, settings.dtype, settings.device)
+
+
+def trained(config: RunConfig, adapter: Path) -> Loaded:
+    """Load the base model of a run with an adapter on it, in eval mode.
+
+    Raises:
+        CheckpointError: There is no adapter, or it does not fit.
+    """
+    require_adapter(adapter)
+    model, tokenizer = base(config)
+    return molora.load(model, adapter).eval(), tokenizer
+
+
+def require_adapter(adapter: Path) -> None:
+    """Refuse a folder that is not there, before anything slow happens.
+
+    Raises:
+        CheckpointError: There is no such folder.
+    """
+    if not adapter.is_dir():
+        raise CheckpointError(
+            f"there is no adapter in {adapter}; train one with: molora train, or name "
+            "its folder with --adapter"
+        )
+
+
+def filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id for padding, which is masked: pad, else eos, else 0."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in ids if token is not None), 0)
+
+
+def eval_sets(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> Mapping[str, EvalSet]:
+    """Evaluation rows by task, or nothing where no task has any."""
+    if all(task.eval is None for task in config.data.tasks):
+        return {}
+    return build_eval_sets(config.data, tokenizer)
+
+
+def scores(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, EvalSet],
+) -> dict[str, TaskResult]:
+    """Evaluate a wrapped model on every task."""
+    arguments, _ = build_arguments(config.training)
+    return evaluate(
+        model,
+        tokenizer,
+        sets,
+        batch_size=arguments.per_device_eval_batch_size,
+        task_context=lambda names: molora.tasks(model, names),
+    )
+
+
+def score_table(results: Mapping[str, TaskResult]) -> Table:
+    """Scores as a table; a dash where the task does not ask for a score."""
+    table = Table(title="Evaluation")
+    table.add_column("task")
+    for head in ("rows", "loss", "accuracy", "exact match"):
+        table.add_column(head, justify="right")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            f"{result.n:,}",
+            f"{result.loss:.4f}",
+            _percent(result.accuracy),
+            _percent(result.exact_match),
+        )
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def progress(items: Sequence[T], text: str) -> Iterable[T]:
+    """Go through items under a progress bar, where a terminal can draw it."""
+    quiet = not notes.is_terminal
+    return track(items, text, console=notes, transient=True, disable=quiet)
+
+
+def say(text: str) -> None:
+    """Print a line of the results, as it is."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Tell something on standard error, as it is."""
+    notes.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write results and say so.
+
+    Raises:
+        ConfigError: The file cannot be written, or a number is not finite.
+    """
+    try:
+        text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+        path.write_text(text, encoding="utf-8")
+    except ValueError:
+        raise ConfigError(f"{path}: not written, a score is NaN or infinite") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+    note(f"Wrote {path}")

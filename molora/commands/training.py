@@ -1,0 +1,80 @@
+"""molora train and molora evaluate."""
+
+from pathlib import Path
+
+from transformers import IntervalStrategy
+
+import molora
+from molora.commands import session
+from molora.errors import ConfigError
+from molora.model import adapter_parameters, sites
+from molora.run_config import RunConfig
+from molora.training import MoloraTrainer
+from molora.training.arguments import build_arguments
+from molora.training.data import Collator, build_eval_sets, build_mixture
+
+
+def train(config: RunConfig, resume: bool) -> None:
+    """Train, save the adapter in ``<output_dir>/adapter``, evaluate it.
+
+    Args:
+        config: The run.
+        resume: Go on from the newest valid checkpoint in the output folder.
+
+    Raises:
+        MoloraError: Data or targets that do not fit, nothing to resume from, or
+            checkpoints of an earlier run without ``resume``.
+    """
+    folder = config.output_dir
+    if not resume and any(folder.glob("checkpoint-*")):
+        raise ConfigError(
+            f"{folder} holds checkpoints of an earlier run: go on from them with "
+            "--resume, delete them, or set another training.output_dir"
+        )
+    arguments, settings = build_arguments(config.training)
+    model, tokenizer = session.base(config)
+    mixture = build_mixture(config.data, tokenizer)
+    mixture.summary.print(session.out)
+    eval_sets = session.eval_sets(config, tokenizer)
+    in_between = arguments.eval_strategy != IntervalStrategy.NO
+    molora.wrap(model, config.adapter, seed=config.seed)
+    values = sum(p.numel() for p in adapter_parameters(model).values())
+    session.note(f"{len(sites(model))} target layers, {values:,} trained values")
+    trainer = MoloraTrainer(
+        model=model,
+        args=arguments,
+        settings=settings,
+        train_dataset=mixture,
+        eval_dataset=build_mixture(config.data, tokenizer, "eval")
+        if in_between
+        else None,
+        data_collator=Collator(session.filler(tokenizer)),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    model.eval()
+    model.save_pretrained(folder / "adapter")
+    session.note(f"Wrote {folder / 'adapter'}")
+    if eval_sets:
+        results = session.scores(config, model, tokenizer, eval_sets)
+        session.out.print(session.score_table(results))
+
+
+def evaluate(config: RunConfig, adapter: Path, json: Path | None) -> None:
+    """Score an adapter on every task.
+
+    Args:
+        config: The run.
+        adapter: Folder of the adapter.
+        json: File for the scores.
+
+    Raises:
+        MoloraError: No adapter, or evaluation data that cannot be read.
+    """
+    model, tokenizer = session.trained(config, adapter)
+    sets = build_eval_sets(config.data, tokenizer)
+    results = session.scores(config, model, tokenizer, sets)
+    session.out.print(session.score_table(results))
+    if json is not None:
+        scores = {name: result.to_dict() for name, result in results.items()}
+        session.write_json(json, scores)

@@ -150,7 +150,7 @@ def _gate(
     if gates_TE is None and isinstance(scale, float) and scale == 1.0:
         return z_TR
     z_TER = z_TR.view(-1, A.shape[0], A.shape[1])
-    zg_TER = z_TER * _weight(gates_TE, scale)
+    zg_TER: Tensor = z_TER * _weight(gates_TE, scale)
     if Bt.shape[0] < zg_TER.shape[1]:
         zg_TER = zg_TER.sum(1, keepdim=True)
     return zg_TER.to(z_TR.dtype).reshape(-1, Bt.shape[0] * Bt.shape[1])

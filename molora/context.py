@@ -319,7 +319,7 @@ def _from_attention_mask(mask: Tensor, positions: int | None, cache: Any) -> Ten
     if mask.dim() == 4:
         rows, _, queries, keys = mask.shape
         # a static cache has columns after those of the input; stay on the device
-        start = keys - queries
+        start: Any = keys - queries
         if cache is not None:
             start = torch.as_tensor(cache.get_seq_length()).clamp(max=start)
         columns_S = torch.arange(queries, device=mask.device) + start

@@ -138,7 +138,7 @@ class _Demo:
         trainer.train()
         model.eval()
 
-    def reload(self, model: PreTrainedModel) -> PreTrainedModel:
+    def reload(self, model: PreTrainedModel) -> Any:
         """Save the mixture, load it onto a new base, require equal bits."""
         model.save_pretrained(self.output / "adapter")
         again = self.fresh()

@@ -121,7 +121,8 @@ class MoloraLinear(nn.Module):
         x_TI = x.reshape(-1, self.in_features)
         y_TO = y.reshape(-1, self.out_features)
         if self.router is None:
-            return self.experts(x_TI, None, y_TO).view(y.shape)
+            single_TO: Tensor = self.experts(x_TI, None, y_TO)
+            return single_TO.view(y.shape)
         watched = bool(self.objectives) and self.training
         watched = watched or runtime.trace is not None or runtime.stats is not None
         context = runtime.context_for(self.path, needed=watched)

@@ -78,7 +78,7 @@ class SwitchBalance(Objective):
         if mask_T is None:
             f_E = assigned_TE.sum(0)
             p_E = probs_TE.sum(0)
-            tokens: Any = max(probs_TE.shape[0], 1)
+            tokens: int | Tensor = max(probs_TE.shape[0], 1)
         else:
             weight_T = mask_T.to(probs_TE.dtype)
             f_E = weight_T @ assigned_TE

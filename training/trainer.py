@@ -56,6 +56,8 @@ class MoloraTrainerMixin(CheckpointingMixin):
 
     Limitations: one process drives one device (no DataParallel); DeepSpeed and FSDP are
     refused, and so is ``enable_jit_checkpoint``, which saves in the middle of a step.
+    Under several processes the log window that is open at a stop goes on with the sums
+    of the first process (weights are exact all the same).
 
     Args:
         model: A wrapped model with trainable parameters.

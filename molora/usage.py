@@ -117,7 +117,7 @@ def task_use(trace: RoutingTrace, tasks: Sequence[str]) -> TaskUse:
         tokens = sum(record.tokens[task] for task in seen)
         gate_E = _total([record.gate_sum[task] for task in seen])
         chosen_E = _total([record.chosen_sum[task] for task in seen])
-        sites[path] = _use(gate_E / (tokens + 1), chosen_E)
+        sites[path] = _use(gate_E / tokens, chosen_E)
         most = max(most, tokens)
     return TaskUse(most, sites)
 

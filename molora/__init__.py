@@ -1,5 +1,8 @@
 """Mixtures of LoRA experts: wrap a model, train it, route per token, collapse."""
 
+import importlib
+from types import ModuleType
+
 from molora.checkpoint import load as load
 from molora.collapse.api import collapse as collapse
 from molora.collapse.report import CollapseResult as CollapseResult
@@ -12,3 +15,10 @@ from molora.model import tasks as tasks
 from molora.model import unmerge as unmerge
 from molora.model import unwrap as unwrap
 from molora.model import wrap as wrap
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import ``molora.training`` when it is first used: the Trainer is slow to load."""
+    if name == "training":
+        return importlib.import_module("molora.training")
+    raise AttributeError(f"module 'molora' has no attribute {name!r}")

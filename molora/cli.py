@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from molora.errors import MoloraError
+from molora.errors import ConfigError, MoloraError
 
 if TYPE_CHECKING:
     from molora.run_config import RunConfig
@@ -304,6 +304,16 @@ def _read(config: Path, overrides: list[str] | None) -> "RunConfig":
 
 def _single(run: "RunConfig", adapter: Path | None) -> Path:
     """The adapter to deploy: the named one, else the collapsed, else the trained."""
-    collapsed = run.output_dir / "collapsed"
-    fallback = collapsed if collapsed.is_dir() else run.output_dir / "adapter"
-    return adapter or fallback
+    if adapter is not None:
+        return adapter
+    trained, collapsed = run.output_dir / "adapter", run.output_dir / "collapsed"
+    if not collapsed.is_dir():
+        return trained
+    times = [folder / "manifest.json" for folder in (trained, collapsed)]
+    newer, older = (path.stat().st_mtime if path.is_file() else 0 for path in times)
+    if newer > older:
+        raise ConfigError(
+            f"{collapsed} is older than {trained}: run molora collapse again, or name "
+            "the adapter to deploy with --adapter"
+        )
+    return collapsed

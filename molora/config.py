@@ -143,6 +143,11 @@ class AdapterConfig(Schema):
         experts = _replace(EXPERTS, self.experts, override.experts, where + "experts")
         router = _replace(ROUTERS, self.router, override.router, where + "router")
         _check_pair(experts, router, where)
+        if override.router and router.kind != "none" and experts.num_experts == 1:
+            raise ConfigError(
+                f"{where}router: these layers have num_experts=1 and build no router; "
+                "drop the router settings of this override"
+            )
         return SiteConfig(experts=experts, router=router)
 
     def _any_routed(self) -> bool:

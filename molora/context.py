@@ -31,11 +31,13 @@ class ForwardContext:
         mask_BS: True at real tokens; None when every token is real.
         tasks: Task of each row, as given to ``molora.tasks``; None when not given.
         mask_source: Which argument the mask came from, for messages.
+        rows: B; None when the arguments do not tell.
     """
 
     mask_BS: Tensor | None = None
     tasks: tuple[str, ...] | None = None
     mask_source: str = "none"
+    rows: int | None = None
 
     def token_mask(self, shape: Sequence[int], site: str) -> Tensor | None:
         """Flat mask of the tokens that a site sees.
@@ -130,7 +132,10 @@ class RoutingTrace:
         record = self.sites.setdefault(site, SiteRecord())
         gates_TE = routing.gates.detach().float().cpu()
         chosen_TE = routing.assigned().cpu()
-        rows = shape[0] if len(shape) == 3 else 1
+        rows = shape[0] if len(shape) == 3 else context.rows or 1
+        if gates_TE.shape[0] % rows:
+            # a flat input that is not all positions of all rows
+            rows = 1
         gates_BSE = gates_TE.reshape(rows, -1, gates_TE.shape[-1])
         chosen_BSE = chosen_TE.reshape(gates_BSE.shape)
         mask_BS = None if mask_T is None else mask_T.cpu().reshape(rows, -1)
@@ -243,13 +248,14 @@ class Runtime:
         return ForwardContext(tasks=self.tasks)
 
     @contextmanager
-    def use(self, context: ForwardContext | None) -> Iterator[None]:
-        """Make context the current one inside the block."""
-        before, self.current = self.current, context
+    def use(self, context: ForwardContext | None, disabled: int) -> Iterator[None]:
+        """Be inside the block as a forward was: its context, adapter on or off."""
+        before = self.current, self.disabled
+        self.current, self.disabled = context, disabled
         try:
             yield
         finally:
-            self.current = before
+            self.current, self.disabled = before
 
 
 class ContextCheckpoint:
@@ -266,10 +272,10 @@ class ContextCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoint function(*args) under the context that is current now."""
-        context = self.runtime.current
+        context, disabled = self.runtime.current, self.runtime.disabled
 
         def in_context(*inner: Any, **inner_kwargs: Any) -> Any:
-            with self.runtime.use(context):
+            with self.runtime.use(context, disabled):
                 return function(*inner, **inner_kwargs)
 
         return self.checkpoint(in_context, *args, **kwargs)
@@ -300,18 +306,18 @@ def forward_context(
     inputs = arguments.get("input_ids")
     if inputs is None:
         inputs = arguments.get("inputs_embeds")
-    positions = inputs.shape[1] if isinstance(inputs, Tensor) else None
+    rows, positions = inputs.shape[:2] if isinstance(inputs, Tensor) else (None, None)
+    position_ids, labels = arguments.get("position_ids"), arguments.get("labels")
+    mask_BS, source = None, "none"
     if isinstance(mask, Tensor):
+        source = "attention_mask"
         cache = arguments.get("past_key_values")
         mask_BS = _from_attention_mask(mask, positions, cache)
-        return ForwardContext(mask_BS, tasks, "attention_mask")
-    position_ids = arguments.get("position_ids")
-    if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
-        return ForwardContext(mask_from_positions(position_ids), tasks, "position_ids")
-    labels = arguments.get("labels")
-    if isinstance(labels, Tensor) and labels.dim() == 2:
-        return ForwardContext(mask_from_labels(labels), tasks, "labels")
-    return ForwardContext(tasks=tasks)
+    elif isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+        source, mask_BS = "position_ids", mask_from_positions(position_ids)
+    elif isinstance(labels, Tensor) and labels.dim() == 2:
+        source, mask_BS = "labels", mask_from_labels(labels)
+    return ForwardContext(mask_BS, tasks, source, rows)
 
 
 def _from_attention_mask(mask: Tensor, positions: int | None, cache: Any) -> Tensor:

@@ -24,7 +24,8 @@ from molora.checkpoint import load
 from molora.collapse import COLLAPSERS
 from molora.commands import session
 from molora.commands.deploy import calibration
-from molora.errors import MoloraError
+from molora.errors import ConfigError, MoloraError
+from molora.manifest import write_manifest
 from molora.model import adapter_parameters, sites
 from molora.report import pieces, save_heatmap, token_strip
 from molora.run_config import RunConfig, load_run_config
@@ -68,6 +69,11 @@ class _Demo:
     """One run; the state that its steps share."""
 
     def __init__(self, output: Path, overrides: list[str], console: Console):
+        if not CONFIG.is_file():
+            raise ConfigError(
+                "molora demo needs a checkout of the project: its settings and data "
+                f"lie in configs/, and there is no {CONFIG}"
+            )
         self.output = output
         self.console = console
         settings = [f"training.output_dir={output / 'training'}", *overrides]
@@ -195,6 +201,7 @@ class _Demo:
             with atomic_folder(self.output / "merged") as folder:
                 model.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
+                write_manifest(folder, {"base_model": self.config.model.name})
             plain, _ = load_base(str(self.output / "merged"), self.config.model.dtype)
             after = plain(input_ids=probe).logits
         if not torch.equal(before, after):
@@ -207,6 +214,11 @@ class _Demo:
         """Print the tables, write results.json."""
         base, mixed = columns["base"], columns["mixture"]
         gain = _mean_loss(base) - _mean_loss(mixed)
+        if gain <= 0:
+            raise MoloraError(
+                f"training did not lower the mean loss ({gain:+.3f}), so there is "
+                "nothing to compare; train for more steps"
+            )
         kept = {m: (_mean_loss(base) - _mean_loss(s)) / gain for m, s in losses.items()}
         self.console.rule("[bold]results", align="left")
         self.console.print(_methods_table(losses, kept))

@@ -159,6 +159,11 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
     targets = find_targets(model, config)
     runtime = Runtime()
     routed = sum(config.site(path).experts.num_experts > 1 for path in targets)
+    if config.balance and not routed:
+        raise WrapError(
+            "balance: every target layer has one expert after the overrides, so there "
+            "is nothing to balance; drop the balance block"
+        )
     objectives = [
         (OBJECTIVES[o.kind](o), o.weight / max(routed, 1)) for o in config.balance
     ]

@@ -42,7 +42,11 @@ class CollapseSettings(Schema):
     @property
     def options(self) -> dict[str, Any]:
         """Settings of the method that were given."""
-        return dict(self.model_extra or {})
+        given = dict(self.model_extra or {})
+        if given.get("rank", 0) is None:
+            # collapse.rank=null takes back a rank, for methods that read none
+            del given["rank"]
+        return given
 
     @pydantic.model_validator(mode="after")
     def _fits_method(self) -> Self:

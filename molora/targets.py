@@ -88,13 +88,27 @@ def _matches(
 
 
 def _check_overrides(config: AdapterConfig, paths: list[str]) -> None:
-    """An override that no target uses is a typo."""
-    for i, override in enumerate(config.overrides):
-        if not any(re.search(override.match, path) for path in paths):
+    """An override that no target uses is a typo, or stands behind another one."""
+    hits = {
+        i: [path for path in paths if re.search(override.match, path)]
+        for i, override in enumerate(config.overrides)
+    }
+    taken: dict[str, int] = {}
+    for i, matched in hits.items():
+        pattern = config.overrides[i].match
+        if not matched:
             raise WrapError(
-                f"overrides[{i}].match: {override.match!r} matches none of the "
+                f"overrides[{i}].match: {pattern!r} matches none of the "
                 f"{len(paths)} target layers, for example {paths[0]!r}"
             )
+        if all(path in taken for path in matched):
+            raise WrapError(
+                f"overrides[{i}].match: {pattern!r} has no effect, since the first "
+                f"match wins and overrides[{taken[matched[0]]}] comes before it; put "
+                "the narrower one first"
+            )
+        for path in matched:
+            taken.setdefault(path, i)
 
 
 def _check_types(targets: dict[str, nn.Module]) -> None:

@@ -363,3 +363,55 @@ def test_recording_and_tasks_name_their_mistakes(tiny_llama: Factory) -> None:
         pytest.raises(RoutingError, match="got 2 tasks for a batch of 3 rows"),
     ):
         model(**padded(rows(), "right"))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_knows_whether_its_forward_was_disabled(reentrant: bool) -> None:
+    """A reference forward with the adapter off, between forward and backward."""
+
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        model = _routed_llama()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        ids = torch.arange(14).view(2, 7)
+        loss = model(input_ids=ids, labels=ids).loss
+        with molora.disabled(model):
+            reference = model(input_ids=ids.flip(1), labels=ids).loss.detach()
+            (loss * reference).backward()
+        return {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert plain and plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient)
+
+
+def _routed_llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    config = molora.AdapterConfig.from_dict(
+        {
+            "target_modules": "all-linear",
+            "experts": {"kind": "lora", "num_experts": 3, "r": 2},
+            "router": {"kind": "topk", "top_k": 2},
+        }
+    )
+    model = molora.wrap(LlamaForCausalLM(settings), config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".Bt"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model

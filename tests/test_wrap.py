@@ -374,3 +374,50 @@ def test_a_plain_module_can_be_wrapped_too() -> None:
     assert all(p.grad is not None for p in adapter_parameters(model).values())
     assert torch.equal(molora.unwrap(model)(x), want)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_override_behind_another_one_is_refused(tiny_llama: Any) -> None:
+    config = molora.AdapterConfig.from_dict(
+        {
+            "target_modules": ["q_proj"],
+            "experts": {"kind": "lora"},
+            "overrides": [
+                {"match": "q_proj", "experts": {"r": 4}},
+                {"match": "0.self_attn.q_proj", "experts": {"r": 2}},
+            ],
+        }
+    )
+    with pytest.raises(molora.errors.WrapError, match=r"overrides\[1\].*overrides\[0\]"):
+        molora.wrap(tiny_llama(), config)
+
+
+def test_nothing_to_balance_after_the_overrides_is_refused(tiny_llama: Any) -> None:
+    config = molora.AdapterConfig.from_dict(
+        {
+            "target_modules": ["q_proj"],
+            "experts": {"kind": "lora", "num_experts": 4},
+            "router": {"kind": "soft"},
+            "balance": [{"kind": "switch", "weight": 0.01}],
+            "overrides": [{"match": "q_proj", "experts": {"num_experts": 1}}],
+        }
+    )
+    with pytest.raises(molora.errors.WrapError, match="nothing to balance"):
+        molora.wrap(tiny_llama(), config)
+
+
+def test_router_settings_for_one_expert_are_refused() -> None:
+    with pytest.raises(molora.errors.ConfigError, match=r"overrides\[0\].router"):
+        molora.AdapterConfig.from_dict(
+            {
+                "target_modules": ["q_proj"],
+                "experts": {"kind": "lora", "num_experts": 4},
+                "router": {"kind": "soft"},
+                "overrides": [
+                    {
+                        "match": "q",
+                        "experts": {"num_experts": 1},
+                        "router": {"temperature": 2.0},
+                    }
+                ],
+            }
+        )

@@ -16,6 +16,7 @@ import pydantic
 from molora.collapse.base import COLLAPSERS, CollapseConfig, Collapser
 from molora.collapse.factors import LowRank, SiteFactors
 from molora.collapse.moments import Evidence
+from molora.errors import ConfigError
 
 
 @COLLAPSERS.register("concat", paper="arXiv:2409.05976")
@@ -33,7 +34,7 @@ class Concat(Collapser):
         @classmethod
         def _has_no_rank(cls, raw: Any) -> Any:
             if isinstance(raw, Mapping) and "rank" in raw:
-                raise ValueError(
+                raise ConfigError(
                     "rank: concat keeps the rank R of all experts together and takes "
                     "no other; drop rank, or use svd to truncate"
                 )

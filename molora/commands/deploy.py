@@ -34,6 +34,7 @@ def collapse(config: RunConfig, adapter: Path, output: Path) -> None:
     Raises:
         MoloraError: No adapter, data that cannot be read, settings that do not fit.
     """
+    session.require_other(adapter, output)
     model, tokenizer = session.trained(config, adapter)
     batches = calibration(config, tokenizer)
     sets = {
@@ -77,6 +78,7 @@ def merge(config: RunConfig, adapter: Path, output: Path) -> None:
     Raises:
         MoloraError: No adapter, one with several experts, or a folder in the way.
     """
+    session.require_other(adapter, output)
     model, tokenizer = session.trained(config, adapter)
     plain = molora.unwrap(molora.merge(model))
     with atomic_folder(output) as folder:
@@ -98,6 +100,7 @@ def export(config: RunConfig, adapter: Path, output: Path) -> None:
     Raises:
         MoloraError: No adapter, or one that PEFT cannot express.
     """
+    session.require_other(adapter, output)
     model, _ = session.trained(config, adapter)
     molora.export_peft(model, output)
     session.note(f"Wrote {output}")

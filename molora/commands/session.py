@@ -58,6 +58,19 @@ def require_adapter(adapter: Path) -> None:
         )
 
 
+def require_other(adapter: Path, output: Path) -> None:
+    """Refuse to write a result over the adapter that it is made from.
+
+    Raises:
+        ConfigError: Both are one folder.
+    """
+    if adapter.resolve() == output.resolve():
+        raise ConfigError(
+            f"--output {output} is the adapter itself, which would be lost; name "
+            "another folder"
+        )
+
+
 def filler(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id for padding, which is masked: pad, else eos, else 0."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)

@@ -26,10 +26,11 @@ def train(config: RunConfig, resume: bool) -> None:
             checkpoints of an earlier run without ``resume``.
     """
     folder = config.output_dir
-    if not resume and any(folder.glob("checkpoint-*")):
+    earlier = [*folder.glob("checkpoint-*"), *folder.glob("adapter")]
+    if not resume and earlier:
         raise ConfigError(
-            f"{folder} holds checkpoints of an earlier run: go on from them with "
-            "--resume, delete them, or set another training.output_dir"
+            f"{folder} holds {earlier[0].name} of an earlier run: go on from its "
+            "checkpoints with --resume, delete it, or set another training.output_dir"
         )
     arguments, settings = build_arguments(config.training)
     model, tokenizer = session.base(config)

@@ -83,8 +83,11 @@ def _pick(
 ) -> Tensor:
     args = (x, A, Bt, gates, scale, base)
     if backend == "auto":
-        backend = next(n for n, b in BACKENDS.items() if not b.why_not(*args))
-    elif backend not in BACKENDS:
+        for candidate in BACKENDS.values():
+            if not candidate.why_not(*args):
+                return candidate.run(*args)
+        raise AssertionError("the torch backend accepts every call")
+    if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is unknown; choose from {[*BACKENDS]}")
     elif reasons := BACKENDS[backend].why_not(*args):
         raise ConfigError(f"backend {backend!r} declined: {'; '.join(reasons)}")
@@ -100,18 +103,20 @@ def _check(
     base: Tensor | None,
 ) -> None:
     """Refuse shapes that broadcasting would silently accept."""
-    experts = max(A.shape[0], Bt.shape[0]) if gates is None else gates.shape[-1]
-    ok = (
-        x.dim() == 2
-        and A.dim() == Bt.dim() == 3
-        and A.shape[1] == Bt.shape[1]
-        and A.shape[2] == x.shape[1]
-        and A.shape[0] in (1, experts)
-        and Bt.shape[0] in (1, experts)
-        and (experts == 1 if gates is None else gates.shape[0] == x.shape[0])
-        and (not isinstance(scale, Tensor) or scale.shape == (experts,))
-        and (base is None or base.shape == (x.shape[0], Bt.shape[2]))
-    )
+    x_, a_, b_ = x.shape, A.shape, Bt.shape
+    gates_ = None if gates is None else gates.shape
+    ok = len(x_) == 2 and len(a_) == len(b_) == 3
+    if ok:
+        experts = max(a_[0], b_[0]) if gates_ is None else gates_[-1]
+        ok = (
+            a_[1] == b_[1]
+            and a_[2] == x_[1]
+            and a_[0] in (1, experts)
+            and b_[0] in (1, experts)
+            and (experts == 1 if gates_ is None else gates_ == (x_[0], experts))
+            and (not isinstance(scale, Tensor) or scale.shape == (experts,))
+            and (base is None or base.shape == (x_[0], b_[2]))
+        )
     if not ok:
         shapes = {
             name: None if tensor is None else tuple(tensor.shape)

@@ -38,8 +38,12 @@ def torch_mixture(
     """Concatenated form; arguments and result as in ``lowrank_mixture``."""
     if base_TO is None:
         base_TO = x_TI.new_zeros(x_TI.shape[0], Bt.shape[-1])
+    dtype = compute_dtype(x_TI, A)
+    if not torch.is_grad_enabled():
+        # an autograd function costs more than the products of one token
+        return _mix(x_TI, base_TO, A, Bt, gates_TE, scale, dtype)[0]
     y_TO: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]
-        x_TI, base_TO, A, Bt, gates_TE, scale, compute_dtype(x_TI, A)
+        x_TI, base_TO, A, Bt, gates_TE, scale, dtype
     )
     return y_TO
 
@@ -51,8 +55,10 @@ def compute_dtype(x_TI: Tensor, A: Tensor) -> torch.dtype:
     and a CPU without half-precision matrix instructions multiplies float32 many times
     faster than bfloat16. Either way the result is at least as exact.
     """
+    if x_TI.dtype == A.dtype:
+        return x_TI.dtype
     few = x_TI.shape[0] < A.shape[0] * A.shape[1]
-    if x_TI.dtype != A.dtype and (few or _slow_on_cpu(x_TI.dtype, x_TI.device.type)):
+    if few or _slow_on_cpu(x_TI.dtype, x_TI.device.type):
         return torch.promote_types(x_TI.dtype, A.dtype)
     return x_TI.dtype
 
@@ -69,6 +75,29 @@ def _slow_on_cpu(dtype: torch.dtype, device: str) -> bool:
     return False
 
 
+def _mix(
+    x_TI: Tensor,
+    base_TO: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    gates_TE: Tensor | None,
+    scale: float | Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Result and z, which backward needs."""
+    z_TR = x_TI.to(dtype) @ _cat(A, dtype).t()
+    b_RO = _cat(Bt, dtype)
+    if isinstance(scale, float):
+        # the product with B applies a common scale for free
+        zg_TR, alpha = _gate(z_TR, A, Bt, gates_TE, 1.0), scale
+    else:
+        zg_TR, alpha = _gate(z_TR, A, Bt, gates_TE, scale), 1.0
+    if base_TO.dtype == dtype:
+        return torch.addmm(base_TO, zg_TR, b_RO, alpha=alpha), z_TR
+    y_TO = torch.add(base_TO, zg_TR @ b_RO, alpha=alpha)
+    return y_TO.to(base_TO.dtype), z_TR
+
+
 class _Mixture(torch.autograd.Function):
     """The concatenated form with a hand-written backward."""
 
@@ -83,18 +112,10 @@ class _Mixture(torch.autograd.Function):
         scale: float | Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.scale, ctx.dtype, ctx.base_dtype = scale, dtype, base_TO.dtype
-        z_TR = x_TI.to(dtype) @ _cat(A, dtype).t()
+        ctx.scale, ctx.dtype = scale, dtype
+        y_TO, z_TR = _mix(x_TI, base_TO, A, Bt, gates_TE, scale, dtype)
         ctx.save_for_backward(x_TI, z_TR, gates_TE, A, Bt)
-        b_RO = _cat(Bt, dtype)
-        if isinstance(scale, float):
-            # the product with B applies a common scale for free
-            zg_TR, alpha = _gate(z_TR, A, Bt, gates_TE, 1.0), scale
-        else:
-            zg_TR, alpha = _gate(z_TR, A, Bt, gates_TE, scale), 1.0
-        if base_TO.dtype == dtype:
-            return torch.addmm(base_TO, zg_TR, b_RO, alpha=alpha)
-        return torch.add(base_TO, zg_TR @ b_RO, alpha=alpha).to(base_TO.dtype)
+        return y_TO
 
     @staticmethod
     @once_differentiable
@@ -127,7 +148,7 @@ class _Mixture(torch.autograd.Function):
 
 def _cat(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """View [E, r, wide] as [R, wide] in the dtype of the computation."""
-    return factor.detach().reshape(-1, factor.shape[-1]).to(dtype)
+    return factor.reshape(-1, factor.shape[-1]).to(dtype)
 
 
 def _weight(gates_TE: Tensor | None, scale: float | Tensor) -> Any:
@@ -167,12 +188,20 @@ def router_logits(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
         [T, E] logits. A plain ``linear`` on ``x.float()`` would keep a float32 copy of
         x alive for backward; this does not.
     """
-    apply = _Logits.apply
-    if not torch.is_autocast_enabled(x_TI.device.type):
-        logits: Tensor = apply(x_TI, weight_EI)  # type: ignore[no-untyped-call]
-        return logits
-    with torch.autocast(x_TI.device.type, enabled=False):
-        return apply(x_TI, weight_EI)  # type: ignore[no-any-return, no-untyped-call]
+    if torch.is_autocast_enabled(x_TI.device.type):
+        with torch.autocast(x_TI.device.type, enabled=False):
+            return router_logits(x_TI, weight_EI)
+    if not torch.is_grad_enabled():
+        return _logits(x_TI, weight_EI)
+    logits_TE: Tensor = _Logits.apply(  # type: ignore[no-untyped-call]
+        x_TI, weight_EI
+    )
+    return logits_TE
+
+
+def _logits(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
+    dtype = torch.float64 if x_TI.dtype == torch.float64 else torch.float32
+    return x_TI.to(dtype) @ weight_EI.to(dtype).t()
 
 
 class _Logits(torch.autograd.Function):
@@ -181,8 +210,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_EI: Tensor) -> Tensor:
         ctx.save_for_backward(x_TI, weight_EI)
-        dtype = torch.promote_types(x_TI.dtype, torch.float32)
-        return x_TI.to(dtype) @ weight_EI.to(dtype).t()
+        return _logits(x_TI, weight_EI)
 
     @staticmethod
     @once_differentiable

@@ -142,17 +142,18 @@ class LinearGateRouter(AbstractRouter):
 
 def _require_finite(logits_TE: Tensor, site: str) -> None:
     """Raise when a logit is not finite; asynchronous on devices."""
+    total = logits_TE.detach().sum()
+    on_cpu = total.device.type == "cpu"
+    if on_cpu and math.isfinite(total.item()):
+        return
     message = (
         f"site {site!r}: router logits are not finite. The layer's input or the "
         "router's weights hold NaN or infinity; lower the learning rate or look "
         "for the first layer that overflows."
     )
-    total = logits_TE.detach().sum()
-    if logits_TE.device.type == "cpu":
-        if not math.isfinite(total.item()):
-            raise RoutingError(message)
-    else:
-        torch._assert_async(torch.isfinite(total), message)
+    if on_cpu:
+        raise RoutingError(message)
+    torch._assert_async(torch.isfinite(total), message)
 
 
 ROUTERS: Registry[AbstractRouter] = Registry("router")

@@ -141,6 +141,17 @@ def test_no_path_leads_out_of_the_folder(tiny_llama: Factory, out: Path) -> None
         del raw["files"][name]
 
 
+def test_every_value_of_the_manifest_counts(tiny_llama: Factory, out: Path) -> None:
+    write_manifest(out, {"step": 12})
+    text = (out / MANIFEST).read_text()
+    for old, new in (('"step": 12', '"step": 13'), ('"torch": "2', '"torch": "3')):
+        assert old in text
+        (out / MANIFEST).write_text(text.replace(old, new))
+        refused(out, tiny_llama, "its checksum differs from its content")
+    (out / MANIFEST).write_text(text)
+    assert verify(out)["extra"] == {"step": 12}
+
+
 def test_files_have_to_be_listed(tiny_llama: Factory, out: Path) -> None:
     raw = json.loads((out / MANIFEST).read_text())
     del raw["files"][TENSORS]

@@ -387,7 +387,7 @@ def test_override_behind_another_one_is_refused(tiny_llama: Any) -> None:
             ],
         }
     )
-    with pytest.raises(molora.errors.WrapError, match=r"overrides\[1\].*overrides\[0\]"):
+    with pytest.raises(WrapError, match=r"overrides\[1\].*overrides\[0\]"):
         molora.wrap(tiny_llama(), config)
 
 
@@ -401,7 +401,7 @@ def test_nothing_to_balance_after_the_overrides_is_refused(tiny_llama: Any) -> N
             "overrides": [{"match": "q_proj", "experts": {"num_experts": 1}}],
         }
     )
-    with pytest.raises(molora.errors.WrapError, match="nothing to balance"):
+    with pytest.raises(WrapError, match="nothing to balance"):
         molora.wrap(tiny_llama(), config)
 
 

@@ -180,9 +180,11 @@ class _Demo:
 
     def collapse(self, model: Any, method: str) -> Scores:
         """Collapse in place, save, and return the losses."""
-        rank = None if method == "concat" else RANK
+        options: dict[str, Any] = {} if method == "concat" else {"rank": RANK}
+        if method == self.config.collapse.method:
+            options = {**self.config.collapse.options, "rank": RANK}
         result = molora.collapse(
-            model, method=method, rank=rank, calibration=self.calibration
+            model, method=method, calibration=self.calibration, **options
         )
         result.save(self.output / f"collapsed_{method}.json")
         model.save_pretrained(self.output / f"collapsed_{method}")

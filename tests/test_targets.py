@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import molora
-from molora.errors import WrapError
+from molora.errors import ConfigError, WrapError
 from molora.model import sites
 
 Factory = Callable[..., PreTrainedModel]
@@ -88,3 +88,50 @@ def test_layers_whose_parent_never_calls_them_are_refused() -> None:
         molora.wrap(Attention(), config("all-linear"))
     with pytest.raises(WrapError, match="all-linear finds no Linear or Conv1D"):
         molora.wrap(nn.Sequential(nn.ReLU()), config("all-linear"))
+
+
+def test_override_behind_another_one_is_refused(tiny_llama: Factory) -> None:
+    config = molora.AdapterConfig.from_dict(
+        {
+            "target_modules": ["q_proj"],
+            "experts": {"kind": "lora"},
+            "overrides": [
+                {"match": "q_proj", "experts": {"r": 4}},
+                {"match": "0.self_attn.q_proj", "experts": {"r": 2}},
+            ],
+        }
+    )
+    with pytest.raises(WrapError, match=r"overrides\[1\].*overrides\[0\]"):
+        molora.wrap(tiny_llama(), config)
+
+
+def test_nothing_to_balance_after_the_overrides_is_refused(tiny_llama: Factory) -> None:
+    config = molora.AdapterConfig.from_dict(
+        {
+            "target_modules": ["q_proj"],
+            "experts": {"kind": "lora", "num_experts": 4},
+            "router": {"kind": "soft"},
+            "balance": [{"kind": "switch", "weight": 0.01}],
+            "overrides": [{"match": "q_proj", "experts": {"num_experts": 1}}],
+        }
+    )
+    with pytest.raises(WrapError, match="nothing to balance"):
+        molora.wrap(tiny_llama(), config)
+
+
+def test_router_settings_for_one_expert_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"overrides\[0\].router"):
+        molora.AdapterConfig.from_dict(
+            {
+                "target_modules": ["q_proj"],
+                "experts": {"kind": "lora", "num_experts": 4},
+                "router": {"kind": "soft"},
+                "overrides": [
+                    {
+                        "match": "q",
+                        "experts": {"num_experts": 1},
+                        "router": {"temperature": 2.0},
+                    }
+                ],
+            }
+        )

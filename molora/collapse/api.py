@@ -175,35 +175,40 @@ class _Run:
     def with_data(self, batches: list[Batch]) -> None:
         """Solve the sites group by group, one pass over the batches each."""
         leaders = shared_inputs(self.model, batches[0])
-        with_moments = [self.collapser.needs_moments, True]
+        parts = 1 + self.collapser.needs_moments
         budget = self.collapser.config.memory_budget_mb
-        groups = plan(self.factors, leaders, sum(with_moments), budget)
+        groups = plan(self.factors, leaders, parts, budget)
         self.passes = len(groups)
         with self.progress as bar:
             read = bar.add_task("calibration batches", total=len(groups) * len(batches))
             solved = bar.add_task("sites", total=len(self.factors))
             for group in groups:
-                members = {path: self.factors[path] for path in group}
-                sums = gather(
-                    self.model,
-                    batches,
-                    members,
-                    leaders,
-                    with_moments,
-                    lambda: bar.advance(read),
-                )
-                tuned, errors = {}, {}
-                for path, site in members.items():
-                    tuned[path], errors[path] = self._judge(site, sums[path])
-                for path, data in pool(sums, leaders).items():
-                    site, chosen = members[path], tuned[path]
-                    delta, details = self.collapser.solve(site, data, chosen)
-                    self.outcomes[path] = _Outcome(
-                        delta, data.usage, errors[path], {**chosen, **details}
-                    )
-                    bar.advance(solved)
+                self._solve(group, batches, leaders, lambda: bar.advance(read))
+                bar.advance(solved, len(group))
         # in model order again, whatever the groups were
         self.outcomes = {path: self.outcomes[path] for path in self.factors}
+
+    def _solve(
+        self,
+        group: list[str],
+        batches: list[Batch],
+        leaders: dict[str, str],
+        step: Callable[[], None],
+    ) -> None:
+        """Judge every site of a group, then solve it with all rows.
+
+        The sums live in here alone, so that those of two groups never stand together.
+        """
+        members = {path: self.factors[path] for path in group}
+        with_moments = [self.collapser.needs_moments, True]
+        sums = gather(self.model, batches, members, leaders, with_moments, step)
+        judged = {path: self._judge(site, sums[path]) for path, site in members.items()}
+        for path, data in pool(sums, leaders).items():
+            tuned, errors = judged[path]
+            delta, details = self.collapser.solve(members[path], data, tuned)
+            self.outcomes[path] = _Outcome(
+                delta, data.usage, errors, {**tuned, **details}
+            )
 
     def _judge(
         self, site: SiteFactors, parts: list[Evidence]

@@ -49,7 +49,7 @@ class Calibrated(Collapser):
         rank: int = pydantic.Field(default=16, ge=1)
         """Rank of the result, at most; a site that holds less keeps what it holds."""
         ridges: list[Ridge] = pydantic.Field(
-            default=[1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0],
+            default=[1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0],
             min_length=1,
         )
         """Grid for lambda, relative to the mean diagonal of the inputs' covariance."""

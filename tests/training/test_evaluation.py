@@ -168,7 +168,8 @@ def test_loss_and_labels_equal_unpadded_forwards(
             [row.prompt_ids for row in eval_set.rows],
             [row.candidates for row in eval_set.rows],
         )
-    torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=1e-6)
+    # float32 rounds scores of tens in the sixth digit, by processor; masks err far more
+    torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=2e-5)
 
 
 def test_loss_is_the_mean_over_tokens_not_rows(

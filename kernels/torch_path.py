@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 def torch_mixture(
@@ -85,7 +86,7 @@ def _mix(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Result and z, which backward needs."""
-    z_TR = x_TI.to(dtype) @ _cat(A, dtype).t()
+    z_TR = F.linear(_cast(x_TI, dtype), _cat(A, dtype))
     b_RO = _cat(Bt, dtype)
     if isinstance(scale, float):
         # the product with B applies a common scale for free
@@ -148,7 +149,12 @@ class _Mixture(torch.autograd.Function):
 
 def _cat(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """View [E, r, wide] as [R, wide] in the dtype of the computation."""
-    return factor.reshape(-1, factor.shape[-1]).to(dtype)
+    return _cast(factor.flatten(0, 1), dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Like x.to(dtype); one comparison where nothing is to do, which decoding feels."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _weight(gates_TE: Tensor | None, scale: float | Tensor) -> Any:
@@ -174,7 +180,7 @@ def _gate(
     zg_TER: Tensor = z_TER * _weight(gates_TE, scale)
     if Bt.shape[0] < zg_TER.shape[1]:
         zg_TER = zg_TER.sum(1, keepdim=True)
-    return zg_TER.to(z_TR.dtype).reshape(-1, Bt.shape[0] * Bt.shape[1])
+    return _cast(zg_TER, z_TR.dtype).reshape(-1, Bt.shape[0] * Bt.shape[1])
 
 
 def router_logits(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
@@ -201,7 +207,7 @@ def router_logits(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
 
 def _logits(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
     dtype = torch.float64 if x_TI.dtype == torch.float64 else torch.float32
-    return x_TI.to(dtype) @ weight_EI.to(dtype).t()
+    return F.linear(_cast(x_TI, dtype), _cast(weight_EI, dtype))
 
 
 class _Logits(torch.autograd.Function):

@@ -38,6 +38,20 @@ class ForwardContext:
     tasks: tuple[str, ...] | None = None
     mask_source: str = "none"
     rows: int | None = None
+    _weights: dict[tuple[int, ...], Tensor | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def token_weights(self, shape: Sequence[int], site: str) -> Tensor | None:
+        """The token mask as float32 [T], 1 at real tokens, made once for all sites.
+
+        Arguments, None and errors are those of ``token_mask``.
+        """
+        key = tuple(shape[:-1])
+        if key not in self._weights:
+            mask_T = self.token_mask(shape, site)
+            self._weights[key] = None if mask_T is None else mask_T.float()
+        return self._weights[key]
 
     def token_mask(self, shape: Sequence[int], site: str) -> Tensor | None:
         """Flat mask of the tokens that a site sees.
@@ -126,9 +140,9 @@ class RoutingTrace:
         routing: "Routing",
         context: ForwardContext,
         shape: Sequence[int],
-        mask_T: Tensor | None,
+        weight_T: Tensor | None,
     ) -> None:
-        """File one site's routing of one forward."""
+        """File one site's routing of one forward; weights are 1 at real tokens."""
         record = self.sites.setdefault(site, SiteRecord())
         gates_TE = routing.gates.detach().float().cpu()
         chosen_TE = routing.assigned().cpu()
@@ -138,7 +152,7 @@ class RoutingTrace:
             rows = 1
         gates_BSE = gates_TE.reshape(rows, -1, gates_TE.shape[-1])
         chosen_BSE = chosen_TE.reshape(gates_BSE.shape)
-        mask_BS = None if mask_T is None else mask_T.cpu().reshape(rows, -1)
+        mask_BS = None if weight_T is None else weight_T.bool().cpu().reshape(rows, -1)
         tasks = context.row_tasks(rows) or ("",) * rows
         for task in dict.fromkeys(tasks):
             picked = torch.tensor([t == task for t in tasks])
@@ -184,21 +198,21 @@ class SiteStats:
     def add(
         self,
         routing: "Routing",
-        mask_T: Tensor | None,
+        weight_T: Tensor | None,
         balance: dict[str, Tensor],
     ) -> None:
-        """Add one forward; no host synchronisation."""
+        """Add one forward; weights are 1 at real tokens. No host synchronisation."""
         gates_TE = routing.gates.detach()
         chosen_TE = routing.assigned()
-        if mask_T is None:
+        if weight_T is None:
             self.tokens += gates_TE.shape[0]
             self.gate_sum_E += gates_TE.sum(0)
             self.chosen_sum_E += chosen_TE.sum(0)
         else:
-            weight_T = mask_T.to(gates_TE.dtype)
+            weight_T = weight_T.to(gates_TE.dtype)
             self.tokens += weight_T.sum()
             self.gate_sum_E += weight_T @ gates_TE
-            self.chosen_sum_E += weight_T @ chosen_TE.to(gates_TE.dtype)
+            self.chosen_sum_E += weight_T @ chosen_TE
         for name, value in balance.items():
             self.balance[name] = self.balance.get(name, 0) + value.detach()
         self.forwards += 1

@@ -136,11 +136,11 @@ class MoloraLinear(nn.Module):
         self, y_TO: Tensor, routing: Routing, context: ForwardContext, shape: torch.Size
     ) -> Tensor:
         """Record the routing and attach the balance objectives."""
-        mask_T = context.token_mask(shape, self.path)
+        weight_T = context.token_weights(shape, self.path)
         values: dict[str, Tensor] = {}
         if self.training:
             for objective, weight in self.objectives:
-                value = objective(routing, mask_T)
+                value = objective(routing, weight_T)
                 values[objective.config.kind] = value
                 if torch.is_grad_enabled():
                     self._require_path(objective.config.kind, value, y_TO)
@@ -148,14 +148,14 @@ class MoloraLinear(nn.Module):
         # a recomputation in backward repeats a forward that is already on record
         if not in_backward():
             if self.runtime.trace is not None:
-                self.runtime.trace.add(self.path, routing, context, shape, mask_T)
+                self.runtime.trace.add(self.path, routing, context, shape, weight_T)
             if self.runtime.stats is not None and self.training:
                 stats = self.runtime.stats.get(self.path)
                 if stats is None:
                     gates = routing.gates
                     stats = SiteStats.empty(gates.shape[-1], gates.device)
                     self.runtime.stats[self.path] = stats
-                stats.add(routing, mask_T, values)
+                stats.add(routing, weight_T, values)
         return y_TO
 
     def _require_path(self, kind: str, value: Tensor, y_TO: Tensor) -> None:

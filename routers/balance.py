@@ -44,12 +44,12 @@ class Objective(abc.ABC):
         self.config = config
 
     @abc.abstractmethod
-    def __call__(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
+    def __call__(self, routing: Routing, weight_T: Tensor | None) -> Tensor:
         """Evaluate on real tokens.
 
         Args:
             routing: One site's routing.
-            mask_T: Bool, True at real tokens; None when all are real.
+            weight_T: 1 at real tokens, 0 at padding; None when all are real.
 
         Returns:
             Unweighted scalar, zero with a graph when no token is real.
@@ -70,21 +70,20 @@ class SwitchBalance(Objective):
     Limitations: 1 is the value at uniform routing, not a lower bound.
     """
 
-    def __call__(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
+    def __call__(self, routing: Routing, weight_T: Tensor | None) -> Tensor:
         """See base class."""
         probs_TE = routing.probs
-        assigned_TE = routing.assigned().to(probs_TE.dtype)
-        experts = probs_TE.shape[-1]
-        if mask_T is None:
-            f_E = assigned_TE.sum(0)
-            p_E = probs_TE.sum(0)
+        assigned_TE = routing.assigned()
+        if weight_T is None:
+            f_E, p_E = assigned_TE.sum(0), probs_TE.sum(0)
             tokens: int | Tensor = max(probs_TE.shape[0], 1)
         else:
-            weight_T = mask_T.to(probs_TE.dtype)
-            f_E = weight_T @ assigned_TE
-            p_E = weight_T @ probs_TE
+            weight_T = weight_T.to(probs_TE.dtype)
+            f_E, p_E = weight_T @ assigned_TE, weight_T @ probs_TE
             tokens = weight_T.sum().clamp(min=1)
-        return experts * (f_E / f_E.sum().clamp(min=1) * p_E).sum() / tokens
+        # f_E and p_E are sums still; both divisors are applied to the scalar
+        assignments = f_E.sum().clamp(min=1)
+        return torch.dot(f_E, p_E) * (probs_TE.shape[-1] / (assignments * tokens))
 
 
 @OBJECTIVES.register("z", paper="arXiv:2202.08906")
@@ -94,12 +93,12 @@ class ZLoss(Objective):
     Zoph et al. 2022 (ST-MoE), equation 5.
     """
 
-    def __call__(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
+    def __call__(self, routing: Routing, weight_T: Tensor | None) -> Tensor:
         """See base class."""
         squares_T = torch.logsumexp(routing.logits, dim=-1).square()
-        if mask_T is None:
+        if weight_T is None:
             return squares_T.sum() / max(squares_T.shape[0], 1)
-        weight_T = mask_T.to(squares_T.dtype)
+        weight_T = weight_T.to(squares_T.dtype)
         return (squares_T * weight_T).sum() / weight_T.sum().clamp(min=1)
 
 

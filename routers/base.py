@@ -35,12 +35,13 @@ class Routing(NamedTuple):
         """Experts whose load a token counts for: the chosen ones, else the likeliest.
 
         Returns:
-            Bool [T, E].
+            [T, E] in the dtype of the gates, 1 where the token counts, else 0.
         """
+        gates_TE = self.gates.detach()
         if self.sparse:
-            return self.gates > 0
+            return gates_TE.sign()
         top_T1 = self.probs.argmax(-1, keepdim=True)
-        return torch.zeros_like(self.probs, dtype=torch.bool).scatter(-1, top_T1, True)
+        return torch.zeros_like(gates_TE).scatter_(-1, top_T1, 1.0)
 
 
 class RouterConfig(Schema):
@@ -130,19 +131,20 @@ class LinearGateRouter(AbstractRouter):
         Raises:
             RoutingError: A logit is NaN or infinite; names the site.
         """
-        assert isinstance(self.config, GateConfig)
+        config = self.config
+        assert isinstance(config, GateConfig)
         logits_TE = router_logits(x, self.gate.weight)
         _require_finite(logits_TE, self.site)
-        if self.training and self.config.noise:
-            logits_TE = logits_TE + self.config.noise * torch.randn_like(logits_TE)
-        if self.config.temperature != 1.0:
-            logits_TE = logits_TE / self.config.temperature
+        if self.training and config.noise:
+            logits_TE = logits_TE + config.noise * torch.randn_like(logits_TE)
+        if config.temperature != 1.0:
+            logits_TE = logits_TE / config.temperature
         return logits_TE
 
 
 def _require_finite(logits_TE: Tensor, site: str) -> None:
     """Raise when a logit is not finite; asynchronous on devices."""
-    total = logits_TE.detach().sum()
+    total = logits_TE.sum()
     on_cpu = total.device.type == "cpu"
     if on_cpu and math.isfinite(total.item()):
         return

@@ -28,7 +28,7 @@ from molora.fingerprint import (
 )
 from molora.manifest import CARD, CONFIG, TENSORS, write_json
 from molora.manifest import write_manifest as write_manifest
-from molora.model import _check_wrappable, adapter_parameters, sites, unwrap, wrap
+from molora.model import adapter_parameters, check_wrappable, sites, unwrap, wrap
 from molora.model_card import is_generated, model_card
 from molora.saved import AdapterFile, SavedAdapter, read_adapter
 from molora.saved import newest_valid as newest_valid
@@ -149,7 +149,7 @@ def load(
             adapter, or belongs to another base.
         WrapError: The base is wrapped already or cannot be wrapped.
     """
-    _check_wrappable(base_model)
+    check_wrappable(base_model)
     saved = read_adapter(Path(folder))
     try:
         targets = find_targets(base_model, saved.config)

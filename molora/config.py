@@ -68,33 +68,39 @@ class AdapterConfig(Schema):
     """What to leave out: suffixes, or one regular expression."""
     experts: pydantic.SerializeAsAny[ExpertsConfig]
     """Expert family, its size and scale."""
-    router: pydantic.SerializeAsAny[RouterConfig]
+    router: pydantic.SerializeAsAny[RouterConfig] = pydantic.Field(
+        default_factory=lambda: ROUTERS["none"].Config(kind="none")
+    )
     """How tokens choose experts."""
     balance: list[pydantic.SerializeAsAny[ObjectiveConfig]] = []
     """Objectives added to the loss, per routed site."""
     overrides: list[Override] = []
     """Other settings for some layers; the first match wins."""
 
-    @pydantic.model_validator(mode="before")
+    @pydantic.field_validator("experts", "router", mode="before")
     @classmethod
-    def _build_blocks(cls, raw: Any) -> Any:
+    def _build_block(cls, raw: Any, info: pydantic.ValidationInfo) -> Any:
+        registry = EXPERTS if info.field_name == "experts" else ROUTERS
         if not isinstance(raw, Mapping):
             return raw
-        blocks = dict(raw)
-        blocks.setdefault("router", {"kind": "none"})
-        if isinstance(blocks.get("experts"), Mapping):
-            blocks["experts"] = _build(EXPERTS, blocks["experts"], "experts")
-        if isinstance(blocks["router"], Mapping):
-            blocks["router"] = _build(ROUTERS, blocks["router"], "router")
-        balance = blocks.get("balance", [])
-        if isinstance(balance, list):
-            blocks["balance"] = [
-                _build(OBJECTIVES, item, f"balance[{i}]")
-                if isinstance(item, Mapping)
-                else item
-                for i, item in enumerate(balance)
-            ]
-        return blocks
+        return _build(registry, raw, str(info.field_name))
+
+    @pydantic.field_validator("balance", mode="before")
+    @classmethod
+    def _build_balance(cls, raw: Any) -> Any:
+        if not isinstance(raw, list):
+            return raw
+        built, problems = [], []
+        for i, item in enumerate(raw):
+            try:
+                is_block = isinstance(item, Mapping)
+                where = f"balance[{i}]"
+                built.append(_build(OBJECTIVES, item, where) if is_block else item)
+            except ConfigError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return built
 
     @pydantic.field_validator("target_modules", "exclude_modules")
     @classmethod
@@ -168,6 +174,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file.{near}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder, expected a YAML file") from None
+    except PermissionError:
+        raise ConfigError(f"{path}: no permission to read it") from None
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):

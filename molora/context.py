@@ -1,4 +1,4 @@
-"""What routing needs from the running model: token mask, tasks of the rows, records.
+"""What routing needs from the running model: token mask, tasks of the rows.
 
 A ``ForwardContext`` belongs to one forward of the whole model. A hook makes it from the
 arguments of that forward; activation checkpointing carries it into the recomputation
@@ -6,7 +6,7 @@ arguments of that forward; activation checkpointing carries it into the recomput
 all sites of one wrapped model share.
 
 Shape legend
-    B rows   S positions   T = B * S tokens   E experts
+    B rows   S positions   T = B * S tokens
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 from molora.errors import RoutingError
 
 if TYPE_CHECKING:
-    from molora.routers.base import Routing
+    from molora.records import RoutingTrace, SiteStats
 
 
 @dataclass(frozen=True)
@@ -104,121 +104,6 @@ class ForwardContext:
 
 
 @dataclass
-class SiteRecord:
-    """What one site did during ``record_routing``: sums, and tokens when asked.
-
-    Attributes:
-        tokens: Real tokens seen, by task ("" when no tasks were given).
-        gate_sum: Sum of gates over real tokens, [E] float64 by task.
-        chosen_sum: How often each expert was chosen, [E] float64 by task.
-        gates: With ``keep_tokens``, the gates [B, S, E] of every forward.
-        masks: With ``keep_tokens``, the token mask [B, S] of every forward, or None.
-    """
-
-    tokens: dict[str, int] = field(default_factory=dict)
-    gate_sum: dict[str, Tensor] = field(default_factory=dict)
-    chosen_sum: dict[str, Tensor] = field(default_factory=dict)
-    gates: list[Tensor] = field(default_factory=list)
-    masks: list[Tensor | None] = field(default_factory=list)
-
-
-@dataclass
-class RoutingTrace:
-    """Who was chosen, where: filled while ``molora.record_routing`` is active.
-
-    Attributes:
-        keep_tokens: Keep the gates of every token, not only sums.
-        sites: Record per routed module path, in model order.
-    """
-
-    keep_tokens: bool = True
-    sites: dict[str, SiteRecord] = field(default_factory=dict)
-
-    def add(
-        self,
-        site: str,
-        routing: "Routing",
-        context: ForwardContext,
-        shape: Sequence[int],
-        weight_T: Tensor | None,
-    ) -> None:
-        """File one site's routing of one forward; weights are 1 at real tokens."""
-        record = self.sites.setdefault(site, SiteRecord())
-        gates_TE = routing.gates.detach().float().cpu()
-        chosen_TE = routing.assigned().cpu()
-        rows = shape[0] if len(shape) == 3 else context.rows or 1
-        if gates_TE.shape[0] % rows:
-            # a flat input that is not all positions of all rows
-            rows = 1
-        gates_BSE = gates_TE.reshape(rows, -1, gates_TE.shape[-1])
-        chosen_BSE = chosen_TE.reshape(gates_BSE.shape)
-        mask_BS = None if weight_T is None else weight_T.bool().cpu().reshape(rows, -1)
-        tasks = context.row_tasks(rows) or ("",) * rows
-        for task in dict.fromkeys(tasks):
-            picked = torch.tensor([t == task for t in tasks])
-            real = picked[:, None].expand(gates_BSE.shape[:2])
-            if mask_BS is not None:
-                real = real & mask_BS
-            record.tokens[task] = record.tokens.get(task, 0) + int(real.sum())
-            for sums, values in (
-                (record.gate_sum, gates_BSE),
-                (record.chosen_sum, chosen_BSE),
-            ):
-                sums[task] = sums.get(task, 0) + values[real].double().sum(0)
-        if self.keep_tokens:
-            record.gates.append(gates_BSE)
-            record.masks.append(mask_BS)
-
-
-@dataclass
-class SiteStats:
-    """Running sums of one site's routing in training; stays on the device.
-
-    Attributes:
-        tokens: Real tokens, a scalar tensor; exact up to 2^24 between two resets.
-        gate_sum_E: Sum of gates over real tokens.
-        chosen_sum_E: How often each expert was chosen.
-        balance: Unweighted value of each objective, summed over forwards.
-        forwards: How many forwards were added.
-    """
-
-    tokens: Tensor
-    gate_sum_E: Tensor
-    chosen_sum_E: Tensor
-    balance: dict[str, Tensor] = field(default_factory=dict)
-    forwards: int = 0
-
-    @classmethod
-    def empty(cls, num_experts: int, device: torch.device) -> "SiteStats":
-        """All zeros."""
-        zeros = torch.zeros(num_experts, device=device)
-        return cls(torch.zeros((), device=device), zeros, zeros.clone())
-
-    @torch.no_grad()
-    def add(
-        self,
-        routing: "Routing",
-        weight_T: Tensor | None,
-        balance: dict[str, Tensor],
-    ) -> None:
-        """Add one forward; weights are 1 at real tokens. No host synchronisation."""
-        gates_TE = routing.gates.detach()
-        chosen_TE = routing.assigned()
-        if weight_T is None:
-            self.tokens += gates_TE.shape[0]
-            self.gate_sum_E += gates_TE.sum(0)
-            self.chosen_sum_E += chosen_TE.sum(0)
-        else:
-            weight_T = weight_T.to(gates_TE.dtype)
-            self.tokens += weight_T.sum()
-            self.gate_sum_E += weight_T @ gates_TE
-            self.chosen_sum_E += weight_T @ chosen_TE
-        for name, value in balance.items():
-            self.balance[name] = self.balance.get(name, 0) + value.detach()
-        self.forwards += 1
-
-
-@dataclass
 class Runtime:
     """State that all sites of one wrapped model share.
 
@@ -238,8 +123,8 @@ class Runtime:
     disabled: int = 0
     balance_scale: float = 1.0
     tasks: tuple[str, ...] | None = None
-    trace: RoutingTrace | None = None
-    stats: dict[str, SiteStats] | None = None
+    trace: "RoutingTrace | None" = None
+    stats: "dict[str, SiteStats] | None" = None
 
     def context_for(self, site: str, needed: bool) -> ForwardContext:
         """Context of the forward that a site is part of.

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.config import SiteConfig
-from molora.context import ForwardContext, Runtime, SiteStats, in_backward
+from molora.context import ForwardContext, Runtime, in_backward
 from molora.errors import RoutingError, WrapError
 from molora.experts import EXPERTS, AbstractExperts
+from molora.records import SiteStats
 from molora.routers import ROUTERS, Routing
 from molora.routers.balance import Objective, attach
 from molora.routers.base import AbstractRouter

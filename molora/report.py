@@ -9,8 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from molora.context import RoutingTrace
 from molora.errors import RoutingError
+from molora.records import RoutingTrace
 from molora.token_strip import TokenStrip as TokenStrip
 from molora.token_strip import pieces as pieces
 from molora.token_strip import token_strip as token_strip

@@ -80,8 +80,9 @@ def explain(
         path = ".".join([p for p in [where, *loc] if p]) or cls.__name__
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
-            # already worded, with its own path
-            lines.append(f"{where}.{cause}" if where else str(cause))
+            # already worded, each line with its own path
+            told = str(cause).split("\n")
+            lines += [f"{where}.{line}" if where else line for line in told]
         elif item["type"] == "extra_forbidden":
             names = sorted(_fields_at(cls, item["loc"][:-1]))
             lines.append(

@@ -12,8 +12,8 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from molora.context import RoutingTrace
 from molora.errors import RoutingError
+from molora.records import RoutingTrace
 from molora.schema import nearest
 from molora.usage import layer_of
 

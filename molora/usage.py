@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from molora.context import RoutingTrace
+from molora.records import RoutingTrace
 
 LIVE = 0.1
 """An expert is live above this part of the weight that even routing would give it."""

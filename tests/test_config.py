@@ -60,6 +60,22 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         {"balance": [{"kind": "swich", "weight": 1.0}]},
         ["balance[0].kind: unknown balance objective 'swich'.", "'switch'?"],
     ),
+    # every wrong block is named at once
+    (
+        {
+            "experts": {**E4, "rr": 2},
+            "router": {"kind": "tokp"},
+            "balance": [{"kind": "z"}, {"kind": "swich", "weight": 1.0}],
+            "exclude_module": [],
+        },
+        [
+            "experts.rr: unknown field",
+            "router.kind: unknown router 'tokp'",
+            "balance[0].weight: this field is required",
+            "balance[1].kind: unknown balance objective 'swich'",
+            "exclude_module: unknown field",
+        ],
+    ),
     # types
     ({"experts": {**E4, "num_experts": "four"}}, ["experts.num_experts:", "'four'"]),
     ({"experts": {**E4, "num_experts": True}}, ["experts.num_experts:", "True"]),

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 import molora
 from molora.context import (
     ForwardContext,
-    SiteStats,
     forward_context,
     mask_from_labels,
     mask_from_positions,
 )
 from molora.errors import RoutingError, WrapError
 from molora.model import adapter_parameters, sites
+from molora.records import SiteStats
 
 Factory = Callable[..., PreTrainedModel]
 

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import molora
-from molora.context import ForwardContext, RoutingTrace
+from molora.context import ForwardContext
 from molora.errors import ConfigError, RoutingError
+from molora.records import RoutingTrace
 from molora.report import RoutingReport, pieces, save_heatmap, token_strip
 from molora.routers import Routing
 from molora.token_strip import PALETTE, token_gates

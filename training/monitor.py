@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.context import SiteStats
 from molora.model import sites
+from molora.records import SiteStats
 from molora.training.arguments import MoloraTrainingSettings
 
 logger = logging.getLogger(__name__)

@@ -230,6 +230,8 @@ class MoloraTrainerMixin(CheckpointingMixin):
     def begin(self) -> None:
         """Set up what watches the run; called when transformers' loop begins."""
         check_model(self.model, type(self), self.args)
+        # the errors of a collapse say nothing about what is trained from here on
+        self.model.__dict__.pop("molora_report", None)
         self.monitor = RoutingMonitor(self.model, self.settings)
         self._last_read = self.state.global_step
         if self.monitor.places and self.is_world_process_zero():

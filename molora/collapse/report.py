@@ -74,8 +74,9 @@ class CollapseReport(Schema):
         if self.mean_error is not None and self.worst_error is not None:
             title += f": mean error {self.mean_error:.3f}, worst {self.worst_error:.3f}"
         table = Table(title=title, caption="\n".join(self.notes))
-        for name in ("site", "experts", "rank", "error", "of output", "in weights"):
-            table.add_column(name, justify="left" if name == "site" else "right")
+        table.add_column("site", overflow="fold")
+        for name in ("experts", "rank", "error", "of output", "in weights"):
+            table.add_column(name, justify="right", no_wrap=True)
         rows = list(self.sites.items())
         if worst is not None:
             rows = sorted(rows, key=lambda item: -(_key(item[1])))[:worst]

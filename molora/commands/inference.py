@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import molora
 from molora.commands import session
-from molora.context import RoutingTrace
 from molora.errors import ConfigError
+from molora.records import RoutingTrace
 from molora.report import RoutingReport, TokenStrip, pieces, save_heatmap, token_strip
 from molora.run_config import RunConfig
 from molora.schema import nearest

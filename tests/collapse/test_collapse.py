@@ -513,6 +513,13 @@ def test_a_collapsed_model_merges(tiny_llama: Callable[..., Any]) -> None:
         quiet(model, "svd", 3)
 
 
+def test_unwrap_drops_the_report(tiny_llama: Callable[..., Any]) -> None:
+    model = mixture(tiny_llama(), CONFIGS["topk"])
+    quiet(model, "concat")
+    assert model.molora_report["method"] == "concat"
+    assert "molora_report" not in molora.unwrap(model).__dict__
+
+
 def test_mode_and_trainability_are_kept(tiny_llama: Callable[..., Any]) -> None:
     model = mixture(tiny_llama(), CONFIGS["topk"])
     model.train()

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 import molora
-from molora.context import SiteStats
 from molora.model import sites
+from molora.records import SiteStats
 from molora.training import MoloraTrainingSettings, RoutingMonitor
 from molora.training.monitor import SiteUse
 from molora.training.routing_log import RoutingLog, scalars, summary

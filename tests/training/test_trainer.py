@@ -326,6 +326,16 @@ def test_bf16_autocast(tiny_llama: Factory, tmp_path: Path) -> None:
     assert 1e-4 < error < 0.1
 
 
+def test_training_drops_the_report_of_a_collapse(
+    tiny_llama: Factory, tmp_path: Path
+) -> None:
+    model = wrapped(tiny_llama)
+    molora.collapse(model, "concat", show_progress=False)
+    assert model.molora_report["method"] == "concat"
+    trainer_for(model, tmp_path, rows(2)).train()
+    assert "molora_report" not in model.__dict__
+
+
 def seen_batches(model: Any) -> list[dict[str, Any]]:
     """Ids and tasks of every forward from now on."""
     seen: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
-"""Grouped low-rank matmul: definition, torch form, dispatch."""
+"""Grouped low-rank matmul: definition, backends, dispatch."""
 
-from molora.kernels.dispatch import BACKENDS as BACKENDS
-from molora.kernels.dispatch import Backend as Backend
+from molora.kernels.backends import BACKENDS as BACKENDS
+from molora.kernels.backends import Backend as Backend
 from molora.kernels.dispatch import lowrank_mixture as lowrank_mixture
 from molora.kernels.reference import reference as reference
-from molora.kernels.torch_path import router_logits as router_logits
+from molora.kernels.router_logits import router_logits as router_logits

@@ -1,36 +1,23 @@
-"""One op, several backends, and the reasons a backend declines a call.
+"""One op, several backends, the reasons a backend declines a call, and the choice.
 
 Shape legend
     T tokens   E experts   I in features   O out features   r rank of one expert
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
 
 import torch
 from torch import Tensor
 
 from molora.errors import ConfigError
-from molora.kernels.reference import reference
-from molora.kernels.torch_path import torch_mixture
+from molora.kernels import machine
+from molora.kernels.autograd import Options, run
+from molora.kernels.backends import BACKENDS
+from molora.kernels.cost_model import Shape, fastest
+from molora.kernels.torch_path import compute_dtype
 
-
-class Backend(NamedTuple):
-    """One way to compute the op, and the reasons it may decline a call."""
-
-    run: Callable[..., Tensor]
-    why_not: Callable[..., list[str]]
-
-
-def _accepts(*_: object) -> list[str]:
-    return []
-
-
-BACKENDS: dict[str, Backend] = {
-    "torch": Backend(torch_mixture, _accepts),
-    "reference": Backend(reference, _accepts),
-}
-"""Fastest first: ``auto`` takes the first one that gives no reason against itself."""
+_WORTH_CHOOSING = 3e7
+"""Multiplications below which a call is too short for the choice to matter."""
 
 
 def lowrank_mixture(
@@ -41,6 +28,10 @@ def lowrank_mixture(
     scale: float | Tensor,
     base: Tensor | None = None,
     backend: str = "auto",
+    *,
+    top_k: int | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> Tensor:
     """Routed low-rank update: y[t] = base[t] + sum_e gates[t,e] scale[e] B_e A_e x[t].
 
@@ -52,6 +43,12 @@ def lowrank_mixture(
         scale: alpha / r, one number or [E].
         base: [T, O] output of the frozen layer; None means zero.
         backend: ``auto``, or a name in ``BACKENDS``.
+        top_k: At most so many gates of a token are not zero, and nothing reads the
+            gradient of a gate that is zero. Lets ``auto`` skip experts not in use;
+            None promises nothing.
+        dropout: Probability to zero a value of x, in the update only; one mask for all
+            experts, drawn from ``seed`` and drawn again in backward.
+        seed: Seed of the mask. A backend on another device draws another mask.
 
     Returns:
         [T, O] in the dtype of ``base`` (of ``x`` without base); float64 from
@@ -68,8 +65,11 @@ def lowrank_mixture(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            return _pick(backend, x, A, Bt, gates, scale, base)
-    return _pick(backend, x, A, Bt, gates, scale, base)
+            name = _pick(backend, x, A, Bt, gates, scale, base, top_k)
+            options = Options(name, top_k, dropout, seed)
+            return run(x, base, A, Bt, gates, scale, options)
+    name = _pick(backend, x, A, Bt, gates, scale, base, top_k)
+    return run(x, base, A, Bt, gates, scale, Options(name, top_k, dropout, seed))
 
 
 def _pick(
@@ -80,18 +80,57 @@ def _pick(
     gates: Tensor | None,
     scale: float | Tensor,
     base: Tensor | None,
-) -> Tensor:
-    args = (x, A, Bt, gates, scale, base)
+    top_k: int | None,
+) -> str:
+    """Name of the backend for a call."""
     if backend == "auto":
-        for candidate in BACKENDS.values():
-            if not candidate.why_not(*args):
-                return candidate.run(*args)
-        raise AssertionError("the torch backend accepts every call")
+        # the common call on a CPU is decided without looking further
+        if gates is None or top_k is None or x.device.type != "cpu":
+            return "torch"
+        return _auto_cpu(x, A, Bt, gates, scale, base, top_k)
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is unknown; choose from {[*BACKENDS]}")
-    elif reasons := BACKENDS[backend].why_not(*args):
+    reasons = BACKENDS[backend].load().why_not(x, A, Bt, gates, scale, base, top_k)
+    if reasons:
         raise ConfigError(f"backend {backend!r} declined: {'; '.join(reasons)}")
-    return BACKENDS[backend].run(*args)
+    return backend
+
+
+def _auto_cpu(
+    x: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    gates: Tensor,
+    scale: float | Tensor,
+    base: Tensor | None,
+    top_k: int,
+) -> str:
+    """Concatenated or sorted, whichever the cost model expects to be faster."""
+    (tokens, wide_in), experts = x.shape, gates.shape[1]
+    # a rank that is shared is not multiplied by the number of experts
+    spared = experts - top_k if max(A.shape[0], Bt.shape[0]) > 1 else 0
+    work = spared * A.shape[1] * (wide_in + Bt.shape[2]) * max(2 * tokens, 16)
+    if work < _WORTH_CHOOSING or torch.compiler.is_compiling():
+        return "torch"
+    if BACKENDS["sorted"].load().why_not(x, A, Bt, gates, scale, base, top_k):
+        return "torch"
+    dtype = compute_dtype(x, A)
+    shape = Shape(
+        tokens,
+        wide_in,
+        Bt.shape[2],
+        experts,
+        A.shape[1],
+        min(top_k, experts),
+        dtype.itemsize,
+        torch.is_grad_enabled(),
+    )
+    return _faster_on_cpu(shape, dtype, torch.get_num_threads())
+
+
+@functools.lru_cache(4096)
+def _faster_on_cpu(shape: Shape, dtype: torch.dtype, threads: int) -> str:
+    return fastest(["torch", "sorted"], shape, machine.cpu(dtype, threads))
 
 
 def _check(

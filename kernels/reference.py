@@ -9,6 +9,9 @@ Shape legend
 import torch
 from torch import Tensor
 
+from molora.kernels.gradients import Gradients, Needs
+from molora.kernels.torch_path import keep_mask
+
 
 def reference(
     x_TI: Tensor,
@@ -47,4 +50,62 @@ def reference(
             update = (a_rI @ x_TI[t]) @ b_rO
             total = total + gates_TE[t, e] * scale_E[e] * update
         rows.append(total if base_TO is None else base_TO[t].double() + total)
-    return torch.stack(rows) if rows else x_TI.new_zeros(0, Bt.shape[-1])
+    if rows:
+        return torch.stack(rows)
+    none_TO = x_TI.new_zeros(0, Bt.shape[-1])
+    return none_TO if base_TO is None else none_TO + base_TO.double()
+
+
+def why_not(
+    x: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    gates: Tensor | None,
+    scale: float | Tensor,
+    base: Tensor | None,
+    top_k: int | None,
+) -> list[str]:
+    """No reason: the definition holds for every call."""
+    return []
+
+
+def forward(
+    x_TI: Tensor,
+    base_TO: Tensor | None,
+    A: Tensor,
+    Bt: Tensor,
+    gates_TE: Tensor | None,
+    scale: float | Tensor,
+    top_k: int | None,
+    dropout: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """The definition as a backend; dropout as the torch form draws it."""
+    if dropout:
+        x_TI = x_TI * keep_mask(x_TI, dropout, seed)
+    return reference(x_TI, A, Bt, gates_TE, scale, base_TO), x_TI.new_empty(0)
+
+
+def backward(
+    dy_TO: Tensor,
+    x_TI: Tensor,
+    z: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    gates_TE: Tensor | None,
+    scale: float | Tensor,
+    top_k: int | None,
+    dropout: float,
+    seed: int,
+    needs: Needs,
+) -> Gradients:
+    """Gradients of the definition, by autograd."""
+    with torch.enable_grad():
+        x_TI, A, Bt = (v.detach().requires_grad_() for v in (x_TI, A, Bt))
+        if gates_TE is not None:
+            gates_TE = gates_TE.detach().requires_grad_()
+        y_TO, _ = forward(x_TI, None, A, Bt, gates_TE, scale, top_k, dropout, seed)
+        given = zip((x_TI, A, Bt, gates_TE), needs, strict=True)
+        wanted = [v for v, needed in given if needed and v is not None]
+        made = iter(torch.autograd.grad(y_TO, wanted, dy_TO.to(y_TO.dtype)))
+    return Gradients(*(next(made) if needed else None for needed in needs))

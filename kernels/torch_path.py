@@ -12,7 +12,7 @@ and backward, with h = dy Bt_cat^T, stays in rank space as well:
     dBt = zg^T dy      dA = dz^T x      dx = dz A_cat
 
 Saved for backward: x (which the caller shares with other consumers), z, the gates and
-the parameters themselves, never their low-precision copies.
+the parameters themselves, never their low-precision copies nor a dropout mask.
 
 Shape legend
     T tokens   E experts   I in features   O out features
@@ -24,29 +24,95 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from molora.kernels.gradients import Gradients, Needs
 
-def torch_mixture(
+
+def why_not(
+    x: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    gates: Tensor | None,
+    scale: float | Tensor,
+    base: Tensor | None,
+    top_k: int | None,
+) -> list[str]:
+    """No reason: this form computes every call."""
+    return []
+
+
+def forward(
     x_TI: Tensor,
+    base_TO: Tensor | None,
     A: Tensor,
     Bt: Tensor,
     gates_TE: Tensor | None,
     scale: float | Tensor,
-    base_TO: Tensor | None,
-) -> Tensor:
-    """Concatenated form; arguments and result as in ``lowrank_mixture``."""
+    top_k: int | None,
+    dropout: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Result and z; arguments as in ``lowrank_mixture``."""
     if base_TO is None:
         base_TO = x_TI.new_zeros(x_TI.shape[0], Bt.shape[-1])
     dtype = compute_dtype(x_TI, A)
-    if not torch.is_grad_enabled():
-        # an autograd function costs more than the products of one token
-        return _mix(x_TI, base_TO, A, Bt, gates_TE, scale, dtype)[0]
-    y_TO: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]
-        x_TI, base_TO, A, Bt, gates_TE, scale, dtype
-    )
-    return y_TO
+    x_TI = cast(x_TI, dtype)
+    if dropout:
+        x_TI = x_TI * keep_mask(x_TI, dropout, seed)
+    z_TR = F.linear(x_TI, cat(A, dtype))
+    b_RO = cat(Bt, dtype)
+    if isinstance(scale, float):
+        # the product with B applies a common scale for free
+        zg_TR, alpha = _gate(z_TR, A, Bt, gates_TE, 1.0), scale
+    else:
+        zg_TR, alpha = _gate(z_TR, A, Bt, gates_TE, scale), 1.0
+    if base_TO.dtype == dtype:
+        return torch.addmm(base_TO, zg_TR, b_RO, alpha=alpha), z_TR
+    y_TO = torch.add(base_TO, zg_TR @ b_RO, alpha=alpha)
+    return y_TO.to(base_TO.dtype), z_TR
+
+
+def backward(
+    dy_TO: Tensor,
+    x_TI: Tensor,
+    z_TR: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    gates_TE: Tensor | None,
+    scale: float | Tensor,
+    top_k: int | None,
+    dropout: float,
+    seed: int,
+    needs: Needs,
+) -> Gradients:
+    """Gradients of x, A, Bt and the gates, those that are needed."""
+    dtype = z_TR.dtype
+    ea, eb, r = A.shape[0], Bt.shape[0], A.shape[1]
+    dx_TI = dA = dBt = dgates_TE = None
+    dy_TO = dy_TO.to(dtype)
+    if needs.Bt:
+        zg_TR = _gate(z_TR, A, Bt, gates_TE, scale)
+        dBt = (zg_TR.t() @ dy_TO).to(Bt.dtype).view_as(Bt)
+    if not (needs.gates or needs.A or needs.x):
+        return Gradients(None, None, dBt, None)
+    h_TER = (dy_TO @ cat(Bt, dtype).t()).view(-1, eb, r)
+    if needs.gates:
+        assert gates_TE is not None
+        products = h_TER.to(gates_TE.dtype) * z_TR.view(-1, ea, r)
+        dgates_TE = (products.sum(-1) * scale).expand_as(gates_TE)
+    dz_TER = h_TER * _weight(gates_TE, scale)
+    if ea < dz_TER.shape[1]:
+        dz_TER = dz_TER.sum(1, keepdim=True)
+    dz_TR = dz_TER.to(dtype).reshape(-1, ea * r)
+    keep_TI = keep_mask(cast(x_TI, dtype), dropout, seed) if dropout else None
+    if needs.A:
+        kept_TI = cast(x_TI, dtype) if keep_TI is None else cast(x_TI, dtype) * keep_TI
+        dA = (dz_TR.t() @ kept_TI).to(A.dtype).view_as(A)
+    if needs.x:
+        dx_TI = dz_TR @ cat(A, dtype)
+        dx_TI = (dx_TI if keep_TI is None else dx_TI.mul_(keep_TI)).to(x_TI.dtype)
+    return Gradients(dx_TI, dA, dBt, dgates_TE)
 
 
 def compute_dtype(x_TI: Tensor, A: Tensor) -> torch.dtype:
@@ -76,83 +142,23 @@ def _slow_on_cpu(dtype: torch.dtype, device: str) -> bool:
     return False
 
 
-def _mix(
-    x_TI: Tensor,
-    base_TO: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    gates_TE: Tensor | None,
-    scale: float | Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Result and z, which backward needs."""
-    z_TR = F.linear(_cast(x_TI, dtype), _cat(A, dtype))
-    b_RO = _cat(Bt, dtype)
-    if isinstance(scale, float):
-        # the product with B applies a common scale for free
-        zg_TR, alpha = _gate(z_TR, A, Bt, gates_TE, 1.0), scale
-    else:
-        zg_TR, alpha = _gate(z_TR, A, Bt, gates_TE, scale), 1.0
-    if base_TO.dtype == dtype:
-        return torch.addmm(base_TO, zg_TR, b_RO, alpha=alpha), z_TR
-    y_TO = torch.add(base_TO, zg_TR @ b_RO, alpha=alpha)
-    return y_TO.to(base_TO.dtype), z_TR
+def keep_mask(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
+    """Factor of every input value, 0 or 1 / (1 - dropout), the same for a seed.
+
+    Drawn again in backward rather than kept: it is as large as x.
+    """
+    generator = torch.Generator(x_TI.device).manual_seed(seed)
+    keep_TI = torch.empty(x_TI.shape, dtype=x_TI.dtype, device=x_TI.device)
+    keep_TI.bernoulli_(1 - dropout, generator=generator)
+    return keep_TI.div_(1 - dropout)
 
 
-class _Mixture(torch.autograd.Function):
-    """The concatenated form with a hand-written backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        base_TO: Tensor,
-        A: Tensor,
-        Bt: Tensor,
-        gates_TE: Tensor | None,
-        scale: float | Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        ctx.scale, ctx.dtype = scale, dtype
-        y_TO, z_TR = _mix(x_TI, base_TO, A, Bt, gates_TE, scale, dtype)
-        ctx.save_for_backward(x_TI, z_TR, gates_TE, A, Bt)
-        return y_TO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, z_TR, gates_TE, A, Bt = ctx.saved_tensors
-        need_x, need_base, need_A, need_Bt, need_gates = ctx.needs_input_grad[:5]
-        ea, eb, r = A.shape[0], Bt.shape[0], A.shape[1]
-        dA = dBt = dgates_TE = dx_TI = None
-        dbase_TO = dy_TO if need_base else None
-        dy_TO = dy_TO.to(ctx.dtype)
-        if need_Bt:
-            zg_TR = _gate(z_TR, A, Bt, gates_TE, ctx.scale)
-            dBt = (zg_TR.t() @ dy_TO).to(Bt.dtype).view_as(Bt)
-        if not (need_gates or need_A or need_x):
-            return None, dbase_TO, None, dBt, None, None, None
-        h_TER = (dy_TO @ _cat(Bt, ctx.dtype).t()).view(-1, eb, r)
-        if need_gates:
-            products = h_TER.to(gates_TE.dtype) * z_TR.view(-1, ea, r)
-            dgates_TE = (products.sum(-1) * ctx.scale).expand_as(gates_TE)
-        dz_TER = h_TER * _weight(gates_TE, ctx.scale)
-        if ea < dz_TER.shape[1]:
-            dz_TER = dz_TER.sum(1, keepdim=True)
-        dz_TR = dz_TER.to(ctx.dtype).reshape(-1, ea * r)
-        if need_A:
-            dA = (dz_TR.t() @ x_TI.to(ctx.dtype)).to(A.dtype).view_as(A)
-        if need_x:
-            dx_TI = (dz_TR @ _cat(A, ctx.dtype)).to(x_TI.dtype)
-        return dx_TI, dbase_TO, dA, dBt, dgates_TE, None, None
-
-
-def _cat(factor: Tensor, dtype: torch.dtype) -> Tensor:
+def cat(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """View [E, r, wide] as [R, wide] in the dtype of the computation."""
-    return _cast(factor.flatten(0, 1), dtype)
+    return cast(factor.flatten(0, 1), dtype)
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Like x.to(dtype); one comparison where nothing is to do, which decoding feels."""
     return x if x.dtype == dtype else x.to(dtype)
 
@@ -180,51 +186,4 @@ def _gate(
     zg_TER: Tensor = z_TER * _weight(gates_TE, scale)
     if Bt.shape[0] < zg_TER.shape[1]:
         zg_TER = zg_TER.sum(1, keepdim=True)
-    return _cast(zg_TER, z_TR.dtype).reshape(-1, Bt.shape[0] * Bt.shape[1])
-
-
-def router_logits(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
-    """Router logits in float32 (float64 for float64 inputs), x saved as it is.
-
-    Args:
-        x_TI: Inputs in any floating dtype.
-        weight_EI: Weight of a linear gate.
-
-    Returns:
-        [T, E] logits. A plain ``linear`` on ``x.float()`` would keep a float32 copy of
-        x alive for backward; this does not.
-    """
-    if torch.is_autocast_enabled(x_TI.device.type):
-        with torch.autocast(x_TI.device.type, enabled=False):
-            return router_logits(x_TI, weight_EI)
-    if not torch.is_grad_enabled():
-        return _logits(x_TI, weight_EI)
-    logits_TE: Tensor = _Logits.apply(  # type: ignore[no-untyped-call]
-        x_TI, weight_EI
-    )
-    return logits_TE
-
-
-def _logits(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
-    dtype = torch.float64 if x_TI.dtype == torch.float64 else torch.float32
-    return F.linear(_cast(x_TI, dtype), _cast(weight_EI, dtype))
-
-
-class _Logits(torch.autograd.Function):
-    """x W^T, accumulated and returned in at least float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_EI: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TI, weight_EI)
-        return _logits(x_TI, weight_EI)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_TE: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, weight_EI = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad
-        dx = (d_TE @ weight_EI.to(d_TE.dtype)).to(x_TI.dtype) if need_x else None
-        dw = None
-        if need_weight:
-            dw = (d_TE.t() @ x_TI.to(d_TE.dtype)).to(weight_EI.dtype)
-        return dx, dw
+    return cast(zg_TER, z_TR.dtype).reshape(-1, Bt.shape[0] * Bt.shape[1])

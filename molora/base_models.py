@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from molora.cache import cache_root as cache_root
 from molora.errors import ConfigError
 from molora.schema import nearest
 
@@ -84,15 +85,6 @@ def load_base(
         # transformers decorates ``to`` in a way that hides self from the checker
         model = model.to(device)  # type: ignore[arg-type]
     return model, tokenizer
-
-
-def cache_root() -> Path:
-    """Folder for converted models: MOLORA_CACHE, else XDG_CACHE_HOME/molora."""
-    own = os.environ.get("MOLORA_CACHE")
-    if own:
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "molora"
 
 
 def _check_device(device: str) -> None:

@@ -128,7 +128,7 @@ class MoloraLinear(nn.Module):
         watched = watched or runtime.trace is not None or runtime.stats is not None
         context = runtime.context_for(self.path, needed=watched)
         routing: Routing = self.router(x_TI, context)
-        y_TO = self.experts(x_TI, routing.gates, y_TO)
+        y_TO = self.experts(x_TI, routing.gates, y_TO, routing.top_k)
         if watched:
             y_TO = self._watch(y_TO, routing, context, x.shape)
         return y_TO.view(y.shape)

@@ -28,8 +28,9 @@ class Routing(NamedTuple):
     """[T, E] full distribution before selection, for the balance objectives."""
     logits: Tensor
     """[T, E] after noise and temperature."""
-    sparse: bool
-    """Whether the router selects experts; a dense one uses all of them."""
+    top_k: int | None
+    """Experts that a token uses at most, where the router selects; None: it uses all.
+    The gate of an expert that was not selected is zero and has no gradient."""
 
     def assigned(self) -> Tensor:
         """Experts whose load a token counts for: the chosen ones, else the likeliest.
@@ -38,7 +39,7 @@ class Routing(NamedTuple):
             [T, E] in the dtype of the gates, 1 where the token counts, else 0.
         """
         gates_TE = self.gates.detach()
-        if self.sparse:
+        if self.top_k is not None:
             return gates_TE.sign()
         top_T1 = self.probs.argmax(-1, keepdim=True)
         return torch.zeros_like(gates_TE).scatter_(-1, top_T1, 1.0)

@@ -28,4 +28,4 @@ class SoftRouter(LinearGateRouter):
         """See base class."""
         logits_TE = self.logits(x)
         probs_TE = torch.softmax(logits_TE, dim=-1)
-        return Routing(probs_TE, probs_TE, logits_TE, sparse=False)
+        return Routing(probs_TE, probs_TE, logits_TE, top_k=None)

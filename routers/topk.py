@@ -65,4 +65,4 @@ class TopKRouter(LinearGateRouter):
         else:
             kept_TK = probs_TE.gather(-1, ids_TK)
         gates_TE = torch.zeros_like(probs_TE).scatter_(-1, ids_TK, kept_TK)
-        return Routing(gates_TE, probs_TE, logits_TE, sparse=True)
+        return Routing(gates_TE, probs_TE, logits_TE, top_k=self.config.top_k)

@@ -30,7 +30,7 @@ A, B, C = "h.0.up", "h.0.down", "h.1.up"
 
 def routing(gates: list[list[float]], sparse: bool = True) -> Routing:
     gates_TE = torch.tensor(gates)
-    return Routing(gates_TE, gates_TE, gates_TE.log(), sparse)
+    return Routing(gates_TE, gates_TE, gates_TE.log(), 2 if sparse else None)
 
 
 @pytest.fixture

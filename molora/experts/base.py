@@ -36,13 +36,21 @@ class AbstractExperts(nn.Module, abc.ABC):
     num_experts: int
 
     @abc.abstractmethod
-    def forward(self, x: Tensor, gates: Tensor | None, base: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        gates: Tensor | None,
+        base: Tensor,
+        top_k: int | None = None,
+    ) -> Tensor:
         """Add the gated updates to the base output.
 
         Args:
             x: [T, I] inputs.
             gates: [T, E]; None means one expert with gate 1.
             base: [T, O] output of the frozen layer.
+            top_k: At most so many gates of a token are not zero, and the gradient of
+                the others is not read; None promises nothing.
 
         Returns:
             [T, O] in the dtype of base.
@@ -69,12 +77,29 @@ class BilinearExperts(AbstractExperts):
     def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return A [E or 1, r, I], Bt [E or 1, r, O], scale (number or [E])."""
 
-    def forward(self, x: Tensor, gates: Tensor | None, base: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        gates: Tensor | None,
+        base: Tensor,
+        top_k: int | None = None,
+    ) -> Tensor:
         """See base class. One dropout mask serves all experts."""
-        if self.training and self.lora_dropout:
-            x = torch.dropout(x, self.lora_dropout, True)
         A, Bt, scale = self.factors()
-        return lowrank_mixture(x, A, Bt, gates, scale, base)
+        if not (self.training and self.lora_dropout):
+            return lowrank_mixture(x, A, Bt, gates, scale, base, top_k=top_k)
+        return lowrank_mixture(
+            x,
+            A,
+            Bt,
+            gates,
+            scale,
+            base,
+            top_k=top_k,
+            dropout=self.lora_dropout,
+            # of the global generator, which activation checkpointing rewinds
+            seed=int(torch.randint(2**62, ())),
+        )
 
     def scales(self) -> list[float]:
         """Scale of each expert."""

@@ -140,13 +140,13 @@ def main() -> None:
         train_step(build(options.measure_memory, options.dtype), ids)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
+    memory = {name: peak_memory(name, options) for name in ("peft", "molora")}
     names = ["peft", "molora", "molora with balance"]
     models = {name: build(name, options.dtype) for name in names}
     step = interleave(models, lambda m: train_step(m, ids), options.rounds)
     del models["molora with balance"]
     speed = interleave(models, lambda m: decode(m, ids, options.tokens), options.rounds)
     del models
-    memory = {name: peak_memory(name, options) for name in ("peft", "molora")}
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "dtype": options.dtype,

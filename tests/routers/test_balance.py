@@ -32,7 +32,7 @@ def routing(probs: Tensor, K: int, sparse: bool = True) -> Routing:
     gates = probs
     if sparse:
         gates = probs * torch.zeros_like(probs).scatter(-1, probs.topk(K).indices, 1.0)
-    return Routing(gates, probs, probs.log(), sparse)
+    return Routing(gates, probs, probs.log(), K if sparse else None)
 
 
 @pytest.mark.parametrize("E", [2, 5, 8])

@@ -1,0 +1,80 @@
+"""The backends by name; a module is imported when it is first used."""
+
+import functools
+import importlib
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from molora.kernels.gradients import Gradients, Needs
+
+
+class Path(Protocol):
+    """What the module of a backend defines."""
+
+    def why_not(
+        self,
+        x: Tensor,
+        A: Tensor,
+        Bt: Tensor,
+        gates: Tensor | None,
+        scale: float | Tensor,
+        base: Tensor | None,
+        top_k: int | None,
+    ) -> list[str]:
+        """Every reason against a call, in words a user understands."""
+
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor | None,
+        A: Tensor,
+        Bt: Tensor,
+        gates: Tensor | None,
+        scale: float | Tensor,
+        top_k: int | None,
+        dropout: float,
+        seed: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Result, and what backward needs beside the arguments."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        z: Tensor,
+        A: Tensor,
+        Bt: Tensor,
+        gates: Tensor | None,
+        scale: float | Tensor,
+        top_k: int | None,
+        dropout: float,
+        seed: int,
+        needs: Needs,
+    ) -> Gradients:
+        """Gradients that are needed."""
+
+
+class Backend(NamedTuple):
+    """One way to compute the op."""
+
+    module: str
+    """Module that defines it."""
+
+    def load(self) -> Path:
+        """Import the module."""
+        return _load(self.module)
+
+
+@functools.cache
+def _load(module: str) -> Path:
+    path: Path = importlib.import_module(module)
+    return path
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": Backend("molora.kernels.torch_path"),
+    "sorted": Backend("molora.kernels.sorted_path"),
+    "reference": Backend("molora.kernels.reference"),
+}
+"""Every backend; which of them ``auto`` takes is in dispatch.py."""

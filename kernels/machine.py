@@ -1,0 +1,137 @@
+"""What the device at hand can do, for the cost model: looked up or measured once.
+
+A CPU is measured when a call first has so many experts that the choice matters (about
+a tenth of a second), and the result is kept in the cache folder: the same machine then
+chooses the same way in every run. ``MOLORA_CPU_MACHINE`` replaces the measurement: JSON
+with the fields of ``Machine``.
+"""
+
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from molora.cache import cache_root
+from molora.errors import ConfigError
+from molora.kernels.cost_model import Machine
+
+_VARIABLE = "MOLORA_CPU_MACHINE"
+
+GPUS = {
+    "sm_80": Machine(312e12, 312e12, 2.0e12, 4e-6),
+    "sm_89": Machine(165e12, 165e12, 1.0e12, 4e-6),
+    "sm_90": Machine(989e12, 989e12, 3.35e12, 4e-6),
+    "sm_100": Machine(2250e12, 2250e12, 8.0e12, 4e-6),
+    "gfx942": Machine(1307e12, 1307e12, 5.3e12, 6e-6),
+}
+"""Datasheet rates of bf16 products and of memory, by architecture; not measured."""
+
+
+def gpu(device: torch.device) -> Machine:
+    """Rates of a GPU; those of the nearest older architecture where it has none."""
+    properties = torch.cuda.get_device_properties(device)
+    arch = getattr(properties, "gcnArchName", "").split(":")[0]
+    if arch:
+        return GPUS.get(arch, GPUS["gfx942"])
+    number = properties.major * 10 + properties.minor
+    known = sorted(int(name[3:]) for name in GPUS if name.startswith("sm_"))
+    older = [n for n in known if n <= number] or known[:1]
+    return GPUS[f"sm_{older[-1]}"]
+
+
+@functools.cache
+def cpu(dtype: torch.dtype, threads: int) -> Machine:
+    """Rates of this CPU with so many threads: set, remembered, or measured now.
+
+    Raises:
+        ConfigError: MOLORA_CPU_MACHINE holds no machine.
+    """
+    given = os.environ.get(_VARIABLE)
+    if given:
+        return _parse(given, _VARIABLE)
+    key = f"{_name()}, {threads} threads, {dtype}, torch {torch.__version__}"
+    path = cache_root() / "cpu.json"
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if key in known:
+        return _parse(json.dumps(known[key]), f"{path}: {key}")
+    machine = measure(dtype)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps({**known, key: machine._asdict()}, indent=2))
+        draft.replace(path)
+    except OSError as error:
+        warnings.warn(
+            f"the measured speed of this CPU cannot be kept ({error}); another run may "
+            "choose another backend and round differently. Set MOLORA_CACHE to a "
+            f"folder that can be written, or {_VARIABLE}",
+            stacklevel=2,
+        )
+    return machine
+
+
+def measure(dtype: torch.dtype) -> Machine:
+    """Time one narrow product, one grouped product, one gather, one small operation."""
+    tokens, wide, ranks, groups = 2048, 1024, 128, 32
+    x = torch.randn(tokens, wide, dtype=dtype)
+    factor = torch.randn(groups, ranks // 16, wide, dtype=dtype)
+    flat = torch.randn(ranks, wide, dtype=dtype)
+    order = torch.randperm(tokens)
+    ends = torch.arange(1, groups + 1, dtype=torch.int32) * (tokens // groups)
+    tiny = torch.ones(4, dtype=dtype)
+    flops = 2.0 * tokens * wide
+    with torch.no_grad():
+        return Machine(
+            gemm=flops * ranks / _time(lambda: F.linear(x, flat)),
+            grouped=flops
+            * factor.shape[1]
+            / _time(lambda: F.grouped_mm(x, factor.mT, offs=ends)),
+            bandwidth=2.0
+            * x.numel()
+            * x.element_size()
+            / _time(lambda: x.index_select(0, order)),
+            launch=_time(lambda: tiny + tiny),
+        )
+
+
+def _time(action: Callable[[], object], rounds: int = 7) -> float:
+    """Median seconds of an action after one warm-up."""
+    action()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _name() -> str:
+    """Model of the processor, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith("model name")]
+    except FileNotFoundError:
+        lines = []
+    named = lines[0].split(":", 1)[1].strip() if lines else platform.processor()
+    return f"{named} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _parse(text: str, where: str) -> Machine:
+    fields = ", ".join(Machine._fields)
+    try:
+        raw = json.loads(text)
+        machine = Machine(**{name: float(value) for name, value in raw.items()})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: expected JSON with the numbers {fields}: {error}"
+        ) from None
+    if not all(value > 0 for value in machine):
+        raise ConfigError(f"{where}: {fields} must be above zero")
+    return machine

@@ -60,14 +60,16 @@ def tasks(model: Any, *names: str) -> Iterator[None]:
 
 
 def near(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= 2e-5 * (1 + b.abs().max()))
+    assert a.dtype == b.dtype == torch.float64
+    return bool((a - b).abs().max() <= 1e-10 * (1 + b.abs().max()))
 
 
 @pytest.mark.parametrize(("family", "router"), KINDS)
 def test_batch_prefix_and_cache_do_not_change_a_row(
     family: str, router: str, tiny_llama: Factory
 ) -> None:
-    model, seqs = build(tiny_llama, family, router), prompts()
+    # in float64, as float32 rounds by the shape of a product and the layers amplify it
+    model, seqs = build(tiny_llama, family, router).double(), prompts()
     alone = []
     for seq, task in zip(seqs, TASKS, strict=True):
         with tasks(model, task):

@@ -23,7 +23,7 @@ SEAMS = [
     "molora.training.recipes",
 ]
 ALLOWED = {
-    "molora.kernels": ["molora.errors", "molora.kernels"],
+    "molora.kernels": ["molora.cache", "molora.errors", "molora.kernels"],
     "molora.routers": [
         "molora.context",
         "molora.errors",

@@ -513,6 +513,22 @@ def test_a_collapsed_model_merges(tiny_llama: Callable[..., Any]) -> None:
         quiet(model, "svd", 3)
 
 
+@pytest.mark.parametrize("target", ["lm_head", "up_proj"])
+def test_the_output_head_sees_every_token(
+    tiny_llama: Callable[..., Any], target: str
+) -> None:
+    """Calibration leaves out logits that nobody reads; a site at the head reads."""
+    model = mixture(tiny_llama(), {"target_modules": [target], "experts": PLAIN})
+    kept = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, y: kept.append(y.shape[1])
+    )
+    report = quiet(model, "concat", calibration=data()).report
+    real = sum(int(batch["attention_mask"].sum()) for batch in data())
+    assert report.tokens_fit + report.tokens_held == real
+    assert set(kept) == ({10} if target == "lm_head" else {1})
+
+
 def test_unwrap_drops_the_report(tiny_llama: Callable[..., Any]) -> None:
     model = mixture(tiny_llama(), CONFIGS["topk"])
     quiet(model, "concat")

@@ -1,0 +1,243 @@
+"""One adapted linear on a CPU, forward and backward, against PEFT and other forms.
+
+    .venv/bin/python tests/benchmarks/bench_lowrank_mixture.py --json out.json
+
+Every contender computes base(x) plus its update for given gates: molora picks its own
+backend, ``peft r`` and ``peft E*r`` are PEFT's LoRA layers, ``loop`` gathers each
+expert's tokens and adds them back, ``einsum`` forms every expert's update. They take
+turns within one process; figures are ratios of medians. The floor is two products of
+the ranks in use per pass at the measured rate of such products, and the wide tensors
+once at the measured bandwidth, on top of the base layer alone.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from molora.kernels import lowrank_mixture, machine
+
+
+class Size(NamedTuple):
+    """Sizes of a call."""
+
+    T: int
+    I: int  # noqa: E741
+    O: int  # noqa: E741
+    E: int
+    r: int
+    K: int
+
+
+SIZES = [
+    Size(512, 576, 1536, 8, 8, 2),
+    Size(512, 2048, 2048, 8, 16, 2),
+    Size(512, 2048, 2048, 64, 8, 2),
+    Size(2048, 1024, 1024, 8, 8, 2),
+    Size(1, 2048, 2048, 8, 16, 2),
+]
+GROWTH = [Size(2048, 1024, 1024, e, 8, 2) for e in (8, 32, 128, 256)]
+
+
+class Problem:
+    """Tensors of one size, and the contenders as functions of x."""
+
+    def __init__(self, size: Size, dtype: torch.dtype):
+        torch.manual_seed(0)
+        self.size = size
+        self.x = torch.randn(size.T, size.I, dtype=dtype, requires_grad=True)
+        self.dy = torch.randn(size.T, size.O, dtype=dtype)
+        self.base = nn.Linear(size.I, size.O, bias=False, dtype=dtype)
+        self.base.requires_grad_(False)
+        draw = torch.rand(size.T, size.E).topk(size.K)
+        gates = torch.zeros(size.T, size.E).scatter(1, draw.indices, draw.values)
+        self.gates = gates.requires_grad_()
+        self.A = nn.Parameter(torch.randn(size.E, size.r, size.I) / size.I**0.5)
+        self.Bt = nn.Parameter(torch.randn(size.E, size.r, size.O) / 100)
+        self.single = self.peft(size.r)
+        self.wide = self.peft(size.E * size.r)
+
+    def peft(self, rank: int) -> nn.Module:
+        """PEFT's LoRA layer of a rank around the same base."""
+        config = LoraConfig(r=rank, lora_alpha=2 * rank)
+        layer = PeftLinear(
+            self.base, "default", config=config, r=rank, lora_alpha=2 * rank
+        )
+        # as get_peft_model does for a base in half precision
+        for name in ("lora_A", "lora_B"):
+            getattr(layer, name).float()
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
+        return layer
+
+    def contenders(self, with_slow: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Functions of x by name."""
+        made: dict[str, Callable[[Tensor], Tensor]] = {
+            "base": self.base,
+            "molora": self.molora,
+            "peft r": self.single,
+            "peft E*r": self.wide,
+        }
+        if with_slow:
+            made |= {"loop": self.loop, "einsum": self.einsum}
+        return made
+
+    def molora(self, x: Tensor) -> Tensor:
+        """The op of this package."""
+        return lowrank_mixture(
+            x, self.A, self.Bt, self.gates, 2.0, self.base(x), top_k=self.size.K
+        )
+
+    def loop(self, x: Tensor) -> Tensor:
+        """Each expert on its tokens, added back."""
+        y = self.base(x)
+        for e in range(self.size.E):
+            rows = self.gates[:, e].nonzero()[:, 0]
+            a, b = self.A[e].to(x.dtype), self.Bt[e].to(x.dtype)
+            update = (x[rows] @ a.t()) @ b * 2.0
+            gated = update * self.gates[rows, e, None].to(x.dtype)
+            y = y.index_add(0, rows, gated)
+        return y
+
+    def einsum(self, x: Tensor) -> Tensor:
+        """Every expert on every token, then the weighted sum."""
+        a, b = self.A.to(x.dtype), self.Bt.to(x.dtype)
+        z = torch.einsum("ti,eri->ter", x, a)
+        updates = torch.einsum("ter,ero->teo", z, b) * 2.0
+        gates = self.gates.to(x.dtype)
+        return self.base(x) + torch.einsum("teo,te->to", updates, gates)
+
+    def step(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Forward and backward; one token is decoded, without gradients."""
+        if self.size.T == 1:
+            with torch.no_grad():
+                function(self.x)
+            return
+        function(self.x).backward(self.dy)
+        for leaf in (self.x, self.A, self.Bt, self.gates):
+            leaf.grad = None
+        for layer in (self.single, self.wide):
+            layer.zero_grad(set_to_none=True)
+
+    def saved(self) -> int:
+        """Bytes that the op keeps for backward beside x, the base and its parameters."""
+        kept: dict[int, int] = {}
+
+        def pack(value: Tensor) -> Tensor:
+            kept[value.data_ptr()] = value.numel() * value.element_size()
+            return value
+
+        y = self.base(self.x).detach()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            lowrank_mixture(
+                self.x, self.A, self.Bt, self.gates, 2.0, y, top_k=self.size.K
+            )
+        for own in (self.x, self.A, self.Bt):
+            kept.pop(own.data_ptr(), None)
+        return sum(kept.values())
+
+
+def interleave(problem: Problem, rounds: int, with_slow: bool) -> dict[str, float]:
+    """Median seconds of every contender, taking turns."""
+    functions = problem.contenders(with_slow)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    # one token takes microseconds, so a turn is many calls
+    calls = 100 if problem.size.T == 1 else 1
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                problem.step(function)
+            if turn:
+                seconds[name].append((time.perf_counter() - start) / calls)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def floor(size: Size, dtype: torch.dtype, base: float) -> float:
+    """Seconds of the base, the products of the ranks in use, and the wide tensors."""
+    rates = machine.measure(torch.float32)
+    passes = 1 if size.T == 1 else 3
+    wide = size.I + size.O
+    flops = 2.0 * size.T * size.K * size.r * wide * passes
+    moved = size.T * (size.I + 2 * size.O) * dtype.itemsize * passes
+    return base + flops / rates.gemm + moved / rates.bandwidth
+
+
+def measure(size: Size, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """All figures of one size."""
+    problem = Problem(size, dtype)
+    # einsum forms [T, E, O], which many experts would not leave memory for
+    with_slow = size.T * size.E * size.O <= 2**28
+    seconds = interleave(problem, rounds, with_slow)
+    ours = seconds["molora"]
+    budget = 2 * size.T * size.E * size.r + size.T * size.E
+    ratios = {f"molora / {name}": ours / seconds[name] for name in ("peft r", "peft E*r")}
+    ratios["molora / floor"] = ours / floor(size, dtype, seconds["base"])
+    for name in ("loop", "einsum"):
+        if name in seconds:
+            ratios[f"{name} / molora"] = seconds[name] / ours
+    return {
+        "size": size._asdict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": seconds,
+        "ratios": ratios,
+        "saved values / (2TR + TE)": problem.saved() / 4 / budget,
+    }
+
+
+def main() -> None:
+    """Measure, print one table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", default="float32,bfloat16")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results = []
+    for name in options.dtype.split(","):
+        dtype = getattr(torch, name)
+        rounds = options.rounds if dtype == torch.float32 else 3
+        results += [measure(size, dtype, rounds) for size in SIZES]
+    growth = [measure(size, torch.float32, options.rounds) for size in GROWTH]
+    show(results, growth)
+    if options.json:
+        result = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}",
+            "torch": torch.__version__,
+            "sizes": results,
+            "growth": growth,
+        }
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def show(results: list[dict[str, Any]], growth: list[dict[str, Any]]) -> None:
+    """Print the ratios, and the cost of more experts."""
+    names = list(results[0]["ratios"])
+    table = Table(title="One linear, forward and backward: ratios of medians")
+    for column in ("T, I, O, E, r, K", "dtype", *names, "saved"):
+        table.add_column(column)
+    for row in results:
+        cells = [f"{row['ratios'][n]:.2f}" if n in row["ratios"] else "-" for n in names]
+        saved = f"{row['saved values / (2TR + TE)']:.2f}"
+        size = ", ".join(str(v) for v in row["size"].values())
+        table.add_row(size, row["dtype"], *cells, saved)
+    Console(width=150).print(table)
+    first = growth[0]["seconds"]["molora"]
+    for row in growth:
+        cost = row["seconds"]["molora"] / first
+        Console().print(f"E = {row['size']['E']}: {cost:.2f} times the cost of E = 8")
+
+
+if __name__ == "__main__":
+    main()

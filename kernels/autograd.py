@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from molora.kernels.backends import BACKENDS
 from molora.kernels.gradients import Needs
-from molora.kernels.torch_path import compute_dtype
+from molora.kernels.torch_path import dtype_of
 
 
 class Options(NamedTuple):
@@ -123,7 +123,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     ranks = A.shape[0] * A.shape[1]
     y = (x if base is None else base).new_empty(x.shape[0], Bt.shape[2])
-    dtype = x.dtype if backend.startswith("triton") else compute_dtype(x, A)
+    dtype = x.dtype if backend.startswith("triton") else dtype_of(x, A)
     return y, x.new_empty(x.shape[0], ranks, dtype=dtype)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -60,10 +61,27 @@ class Backend(NamedTuple):
 
     module: str
     """Module that defines it."""
+    needs: str | None = None
+    """Package that the module imports and that may be missing."""
 
     def load(self) -> Path:
         """Import the module."""
         return _load(self.module)
+
+    def why_not(
+        self,
+        x: Tensor,
+        A: Tensor,
+        Bt: Tensor,
+        gates: Tensor | None,
+        scale: float | Tensor,
+        base: Tensor | None,
+        top_k: int | None,
+    ) -> list[str]:
+        """Every reason against a call, a missing package among them."""
+        if self.needs is not None and not _is_installed(self.needs):
+            return [f"the package {self.needs} is not installed"]
+        return self.load().why_not(x, A, Bt, gates, scale, base, top_k)
 
 
 @functools.cache
@@ -72,9 +90,17 @@ def _load(module: str) -> Path:
     return path
 
 
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 BACKENDS: dict[str, Backend] = {
     "torch": Backend("molora.kernels.torch_path"),
     "sorted": Backend("molora.kernels.sorted_path"),
+    "triton": Backend("molora.kernels.triton_dense", "triton"),
+    "triton_grouped": Backend("molora.kernels.triton_grouped", "triton"),
+    "triton_gather": Backend("molora.kernels.triton_gather", "triton"),
     "reference": Backend("molora.kernels.reference"),
 }
 """Every backend; which of them ``auto`` takes is in dispatch.py."""

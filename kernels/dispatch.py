@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from molora.errors import ConfigError
-from molora.kernels import machine
+from molora.kernels import machine, sorted_path
 from molora.kernels.autograd import Options, run
 from molora.kernels.backends import BACKENDS
 from molora.kernels.cost_model import Shape, fastest
@@ -55,21 +55,97 @@ def lowrank_mixture(
         ``reference``. Under autocast the computation is in the autocast dtype.
 
     Raises:
-        ConfigError: Unknown backend, shapes that do not fit, or a named backend that
-            declines; the message lists every reason.
+        ConfigError: Unknown backend, shapes that do not fit, dropout out of range, or a
+            named backend that declines; the message lists every reason.
     """
-    _check(x, A, Bt, gates, scale, base)
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"lowrank_mixture: dropout={dropout} is not in [0, 1)")
     if not isinstance(scale, Tensor):
         scale = float(scale)
     # like every op under autocast, leave float64 alone
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            name = _pick(backend, x, A, Bt, gates, scale, base, top_k)
+            name = _choose(backend, x, A, Bt, gates, scale, base, top_k)
             options = Options(name, top_k, dropout, seed)
             return run(x, base, A, Bt, gates, scale, options)
-    name = _pick(backend, x, A, Bt, gates, scale, base, top_k)
+    name = _choose(backend, x, A, Bt, gates, scale, base, top_k)
     return run(x, base, A, Bt, gates, scale, Options(name, top_k, dropout, seed))
+
+
+def _choose(
+    backend: str,
+    x: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    gates: Tensor | None,
+    scale: float | Tensor,
+    base: Tensor | None,
+    top_k: int | None,
+) -> str:
+    """Check a call and name its backend; remembered per sizes on a CPU.
+
+    Decoding repeats one size, and looking at everything anew costs a quarter of a site.
+    """
+    is_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_cpu and backend == "auto":
+        return _known_on_cpu(
+            x.shape,
+            A.shape,
+            Bt.shape,
+            None if gates is None else gates.shape,
+            scale.shape if isinstance(scale, Tensor) else None,
+            None if base is None else base.shape,
+            top_k,
+            x.dtype,
+            A.dtype,
+            torch.is_grad_enabled(),
+            torch.get_num_threads(),
+        )
+    _check(*(_size(tensor) for tensor in (x, A, Bt, gates, scale, base)))
+    return _pick(backend, x, A, Bt, gates, scale, base, top_k)
+
+
+def _size(value: Tensor | float | None) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) else None
+
+
+@functools.lru_cache(4096)
+def _known_on_cpu(
+    x: torch.Size,
+    A: torch.Size,
+    Bt: torch.Size,
+    gates: torch.Size | None,
+    scale: torch.Size | None,
+    base: torch.Size | None,
+    top_k: int | None,
+    dtype: torch.dtype,
+    expert_dtype: torch.dtype,
+    training: bool,
+    threads: int,
+) -> str:
+    """Concatenated or sorted, whichever the cost model expects to be faster."""
+    _check(x, A, Bt, gates, scale, base)
+    if gates is None or top_k is None:
+        return "torch"
+    # a factor that is shared is not multiplied by the number of experts
+    spared = gates[1] - top_k if max(A[0], Bt[0]) > 1 else 0
+    if spared * A[1] * (A[2] + Bt[2]) * max(2 * x[0], 16) < _WORTH_CHOOSING:
+        return "torch"
+    dtype = compute_dtype(x[0], dtype, "cpu", A[0] * A[1], expert_dtype)
+    if sorted_path.unfit(dtype, A[1], A[2], Bt[2]):
+        return "torch"
+    shape = Shape(
+        x[0],
+        x[1],
+        Bt[2],
+        gates[1],
+        A[1],
+        min(top_k, gates[1]),
+        dtype.itemsize,
+        training,
+    )
+    return fastest(["torch", "sorted"], shape, machine.cpu(dtype, threads))
 
 
 def _pick(
@@ -83,88 +159,73 @@ def _pick(
     top_k: int | None,
 ) -> str:
     """Name of the backend for a call."""
+    call = (x, A, Bt, gates, scale, base, top_k)
     if backend == "auto":
-        # the common call on a CPU is decided without looking further
-        if gates is None or top_k is None or x.device.type != "cpu":
-            return "torch"
-        return _auto_cpu(x, A, Bt, gates, scale, base, top_k)
+        return _auto_gpu(*call) if x.device.type == "cuda" else "torch"
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is unknown; choose from {[*BACKENDS]}")
-    reasons = BACKENDS[backend].load().why_not(x, A, Bt, gates, scale, base, top_k)
-    if reasons:
+    if reasons := BACKENDS[backend].why_not(*call):
         raise ConfigError(f"backend {backend!r} declined: {'; '.join(reasons)}")
     return backend
 
 
-def _auto_cpu(
-    x: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    gates: Tensor,
-    scale: float | Tensor,
-    base: Tensor | None,
-    top_k: int,
-) -> str:
-    """Concatenated or sorted, whichever the cost model expects to be faster."""
-    (tokens, wide_in), experts = x.shape, gates.shape[1]
-    # a rank that is shared is not multiplied by the number of experts
-    spared = experts - top_k if max(A.shape[0], Bt.shape[0]) > 1 else 0
-    work = spared * A.shape[1] * (wide_in + Bt.shape[2]) * max(2 * tokens, 16)
-    if work < _WORTH_CHOOSING or torch.compiler.is_compiling():
-        return "torch"
-    if BACKENDS["sorted"].load().why_not(x, A, Bt, gates, scale, base, top_k):
-        return "torch"
-    dtype = compute_dtype(x, A)
-    shape = Shape(
-        tokens,
-        wide_in,
-        Bt.shape[2],
-        experts,
-        A.shape[1],
-        min(top_k, experts),
-        dtype.itemsize,
-        torch.is_grad_enabled(),
-    )
-    return _faster_on_cpu(shape, dtype, torch.get_num_threads())
-
-
-@functools.lru_cache(4096)
-def _faster_on_cpu(shape: Shape, dtype: torch.dtype, threads: int) -> str:
-    return fastest(["torch", "sorted"], shape, machine.cpu(dtype, threads))
-
-
-def _check(
+def _auto_gpu(
     x: Tensor,
     A: Tensor,
     Bt: Tensor,
     gates: Tensor | None,
     scale: float | Tensor,
     base: Tensor | None,
+    top_k: int | None,
+) -> str:
+    """The Triton form that the cost model expects to be fastest, of those that can."""
+    call = (x, A, Bt, gates, scale, base, top_k)
+    names = ["triton"]
+    if top_k is not None and not torch.compiler.is_compiling():
+        names += ["triton_grouped", "triton_gather"]
+    able = [name for name in names if not BACKENDS[name].why_not(*call)]
+    if len(able) < 2:
+        return able[0] if able else "torch"
+    assert gates is not None
+    trained = any(tensor.requires_grad for tensor in (x, A, Bt, gates))
+    shape = Shape(
+        tokens=x.shape[0],
+        wide_in=x.shape[1],
+        wide_out=Bt.shape[2],
+        experts=gates.shape[1],
+        rank=A.shape[1],
+        top_k=min(top_k or gates.shape[1], gates.shape[1]),
+        itemsize=x.dtype.itemsize,
+        training=trained and torch.is_grad_enabled(),
+    )
+    return fastest(able, shape, machine.gpu(x.device))
+
+
+def _check(
+    x: torch.Size | None,
+    A: torch.Size | None,
+    Bt: torch.Size | None,
+    gates: torch.Size | None,
+    scale: torch.Size | None,
+    base: torch.Size | None,
 ) -> None:
     """Refuse shapes that broadcasting would silently accept."""
-    x_, a_, b_ = x.shape, A.shape, Bt.shape
-    gates_ = None if gates is None else gates.shape
-    ok = len(x_) == 2 and len(a_) == len(b_) == 3
+    assert x is not None and A is not None and Bt is not None
+    ok = len(x) == 2 and len(A) == len(Bt) == 3
     if ok:
-        experts = max(a_[0], b_[0]) if gates_ is None else gates_[-1]
+        experts = max(A[0], Bt[0]) if gates is None else gates[-1]
         ok = (
-            a_[1] == b_[1]
-            and a_[2] == x_[1]
-            and a_[0] in (1, experts)
-            and b_[0] in (1, experts)
-            and (experts == 1 if gates_ is None else gates_ == (x_[0], experts))
-            and (not isinstance(scale, Tensor) or scale.shape == (experts,))
-            and (base is None or base.shape == (x_[0], b_[2]))
+            A[1] == Bt[1]
+            and A[2] == x[1]
+            and A[0] in (1, experts)
+            and Bt[0] in (1, experts)
+            and (experts == 1 if gates is None else gates == (x[0], experts))
+            and scale in (None, (experts,))
+            and base in (None, (x[0], Bt[2]))
         )
     if not ok:
-        shapes = {
-            name: None if tensor is None else tuple(tensor.shape)
-            for name, tensor in zip(
-                ("x", "A", "Bt", "gates", "scale", "base"),
-                (x, A, Bt, gates, scale if isinstance(scale, Tensor) else None, base),
-                strict=True,
-            )
-        }
+        given = {"x": x, "A": A, "Bt": Bt, "gates": gates, "scale": scale, "base": base}
+        shapes = {k: None if size is None else tuple(size) for k, size in given.items()}
         raise ConfigError(
             "lowrank_mixture: shapes do not fit x[T,I] A[E|1,r,I] Bt[E|1,r,O] "
             f"gates[T,E] scale[E] base[T,O]: {shapes}"

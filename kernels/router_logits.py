@@ -29,6 +29,8 @@ def router_logits(x_TI: Tensor, weight_EI: Tensor) -> Tensor:
         with torch.autocast(x_TI.device.type, enabled=False):
             return router_logits(x_TI, weight_EI)
     if not torch.is_grad_enabled():
+        if x_TI.dtype == weight_EI.dtype == torch.float32:
+            return F.linear(x_TI, weight_EI)
         return _logits(x_TI, weight_EI)
     logits_TE: Tensor = _Logits.apply(  # type: ignore[no-untyped-call]
         x_TI, weight_EI

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molora.kernels.gradients import Gradients, Needs
-from molora.kernels.torch_path import cast, cat, compute_dtype, keep_mask
+from molora.kernels.torch_path import cast, cat, dtype_of, keep_mask
 
 
 def why_not(
@@ -45,11 +45,16 @@ def why_not(
         reasons.append("one expert: nothing to sort")
     if x.device.type != "cpu":
         reasons.append(f"tensors on {x.device.type}: it waits for the host, CPU only")
-    dtype = compute_dtype(x, A)
+    return reasons + unfit(dtype_of(x, A), A.shape[1], A.shape[2], Bt.shape[2])
+
+
+def unfit(dtype: torch.dtype, rank: int, wide_in: int, wide_out: int) -> list[str]:
+    """Reasons that lie in the sizes and the dtype of the products."""
+    reasons = []
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"computes in {dtype}: the grouped matmul has 16 and 32 bits")
     step = 16 // dtype.itemsize
-    sizes = {"r": A.shape[1], "I": A.shape[2], "O": Bt.shape[2]}
+    sizes = {"r": rank, "I": wide_in, "O": wide_out}
     uneven = [f"{name}={size}" for name, size in sizes.items() if size % step]
     if uneven:
         reasons.append(f"{', '.join(uneven)}: rows must be multiples of 16 bytes")
@@ -93,7 +98,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Result and z of the pairs; arguments as in ``lowrank_mixture``."""
     assert gates_TE is not None
-    dtype = compute_dtype(x_TI, A)
+    dtype = dtype_of(x_TI, A)
     pairs = _Pairs.of(gates_TE)
     z_Pr = _shrink(_dropped(x_TI, dtype, dropout, seed), A, pairs, dtype)
     zg_Pr = cast(z_Pr * pairs.weight(gates_TE, scale), dtype)

@@ -56,12 +56,12 @@ def forward(
     """Result and z; arguments as in ``lowrank_mixture``."""
     if base_TO is None:
         base_TO = x_TI.new_zeros(x_TI.shape[0], Bt.shape[-1])
-    dtype = compute_dtype(x_TI, A)
+    dtype = dtype_of(x_TI, A)
     x_TI = cast(x_TI, dtype)
     if dropout:
         x_TI = x_TI * keep_mask(x_TI, dropout, seed)
-    z_TR = F.linear(x_TI, cat(A, dtype))
-    b_RO = cat(Bt, dtype)
+    a_RI, b_RO = cat(A, dtype), cat(Bt, dtype)
+    z_TR = F.linear(x_TI, a_RI)
     if isinstance(scale, float):
         # the product with B applies a common scale for free
         zg_TR, alpha = _gate(z_TR, A, Bt, gates_TE, 1.0), scale
@@ -115,19 +115,28 @@ def backward(
     return Gradients(dx_TI, dA, dBt, dgates_TE)
 
 
-def compute_dtype(x_TI: Tensor, A: Tensor) -> torch.dtype:
+def compute_dtype(
+    tokens: int, dtype: torch.dtype, device: str, ranks: int, expert_dtype: torch.dtype
+) -> torch.dtype:
     """Dtype of the products: that of x, or of the experts where that is cheaper.
 
     For fewer tokens than ranks, casting x up costs less than casting the experts down;
     and a CPU without half-precision matrix instructions multiplies float32 many times
     faster than bfloat16. Either way the result is at least as exact.
     """
+    if dtype == expert_dtype:
+        return dtype
+    if tokens < ranks or _slow_on_cpu(dtype, device):
+        return torch.promote_types(dtype, expert_dtype)
+    return dtype
+
+
+def dtype_of(x_TI: Tensor, A: Tensor) -> torch.dtype:
+    """Dtype of the products of a call, see ``compute_dtype``."""
     if x_TI.dtype == A.dtype:
         return x_TI.dtype
-    few = x_TI.shape[0] < A.shape[0] * A.shape[1]
-    if few or _slow_on_cpu(x_TI.dtype, x_TI.device.type):
-        return torch.promote_types(x_TI.dtype, A.dtype)
-    return x_TI.dtype
+    ranks = A.shape[0] * A.shape[1]
+    return compute_dtype(x_TI.shape[0], x_TI.dtype, x_TI.device.type, ranks, A.dtype)
 
 
 @functools.cache
@@ -155,7 +164,8 @@ def keep_mask(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
 
 def cat(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """View [E, r, wide] as [R, wide] in the dtype of the computation."""
-    return cast(factor.flatten(0, 1), dtype)
+    flat = factor.flatten(0, 1)
+    return flat if flat.dtype == dtype else flat.to(dtype)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -182,8 +192,8 @@ def _gate(
     """Multiply by gates and scale in rank space; sum over experts where B is shared."""
     if gates_TE is None and isinstance(scale, float) and scale == 1.0:
         return z_TR
-    z_TER = z_TR.view(-1, A.shape[0], A.shape[1])
+    z_TER = z_TR.view(-1, *A.shape[:2])
     zg_TER: Tensor = z_TER * _weight(gates_TE, scale)
     if Bt.shape[0] < zg_TER.shape[1]:
         zg_TER = zg_TER.sum(1, keepdim=True)
-    return cast(zg_TER, z_TR.dtype).reshape(-1, Bt.shape[0] * Bt.shape[1])
+    return cast(zg_TER, z_TR.dtype).flatten(1)

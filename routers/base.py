@@ -24,13 +24,18 @@ class Routing(NamedTuple):
 
     gates: Tensor
     """[T, E], at least float32, zero where an expert is not used."""
-    probs: Tensor
-    """[T, E] full distribution before selection, for the balance objectives."""
+    full: Tensor | None
+    """[T, E] distribution before selection; None where it is softmax(logits)."""
     logits: Tensor
     """[T, E] after noise and temperature."""
     top_k: int | None
     """Experts that a token uses at most, where the router selects; None: it uses all.
     The gate of an expert that was not selected is zero and has no gradient."""
+
+    @property
+    def probs(self) -> Tensor:
+        """[T, E] full distribution before selection, for the balance objectives."""
+        return torch.softmax(self.logits, -1) if self.full is None else self.full
 
     def assigned(self) -> Tensor:
         """Experts whose load a token counts for: the chosen ones, else the likeliest.
@@ -145,9 +150,12 @@ class LinearGateRouter(AbstractRouter):
 
 def _require_finite(logits_TE: Tensor, site: str) -> None:
     """Raise when a logit is not finite; asynchronous on devices."""
-    total = logits_TE.sum()
-    on_cpu = total.device.type == "cpu"
-    if on_cpu and math.isfinite(total.item()):
+    on_cpu = logits_TE.device.type == "cpu"
+    if on_cpu and len(logits_TE) == 1:
+        # one token while decoding: cheaper to read than to sum
+        if math.isfinite(sum(logits_TE.tolist()[0])):
+            return
+    elif on_cpu and math.isfinite(logits_TE.sum().item()):
         return
     message = (
         f"site {site!r}: router logits are not finite. The layer's input or the "
@@ -156,7 +164,7 @@ def _require_finite(logits_TE: Tensor, site: str) -> None:
     )
     if on_cpu:
         raise RoutingError(message)
-    torch._assert_async(torch.isfinite(total), message)
+    torch._assert_async(torch.isfinite(logits_TE.sum()), message)
 
 
 ROUTERS: Registry[AbstractRouter] = Registry("router")

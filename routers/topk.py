@@ -57,12 +57,12 @@ class TopKRouter(LinearGateRouter):
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class."""
         logits_TE = self.logits(x)
-        probs_TE = torch.softmax(logits_TE, -1)
         kept_TK, ids_TK = logits_TE.topk(self.config.top_k)
         if self.config.renormalize:
             # the softmax over the kept logits is the kept probabilities over their sum
             kept_TK = torch.softmax(kept_TK, -1)
         else:
-            kept_TK = probs_TE.gather(-1, ids_TK)
-        gates_TE = torch.zeros_like(probs_TE).scatter_(-1, ids_TK, kept_TK)
-        return Routing(gates_TE, probs_TE, logits_TE, top_k=self.config.top_k)
+            kept_TK = torch.softmax(logits_TE, -1).gather(-1, ids_TK)
+        gates_TE = torch.zeros_like(logits_TE).scatter_(-1, ids_TK, kept_TK)
+        # softmax(logits) is left to those who read it: decoding does not
+        return Routing(gates_TE, None, logits_TE, self.config.top_k)

@@ -130,7 +130,7 @@ class Problem:
             layer.zero_grad(set_to_none=True)
 
     def saved(self) -> int:
-        """Bytes that the op keeps for backward beside x, the base and its parameters."""
+        """Bytes kept for backward beside x, the base and the parameters."""
         kept: dict[int, int] = {}
 
         def pack(value: Tensor) -> Tensor:
@@ -181,7 +181,9 @@ def measure(size: Size, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     seconds = interleave(problem, rounds, with_slow)
     ours = seconds["molora"]
     budget = 2 * size.T * size.E * size.r + size.T * size.E
-    ratios = {f"molora / {name}": ours / seconds[name] for name in ("peft r", "peft E*r")}
+    ratios = {
+        f"molora / {name}": ours / seconds[name] for name in ("peft r", "peft E*r")
+    }
     ratios["molora / floor"] = ours / floor(size, dtype, seconds["base"])
     for name in ("loop", "einsum"):
         if name in seconds:
@@ -228,7 +230,9 @@ def show(results: list[dict[str, Any]], growth: list[dict[str, Any]]) -> None:
     for column in ("T, I, O, E, r, K", "dtype", *names, "saved"):
         table.add_column(column)
     for row in results:
-        cells = [f"{row['ratios'][n]:.2f}" if n in row["ratios"] else "-" for n in names]
+        cells = [
+            f"{row['ratios'][n]:.2f}" if n in row["ratios"] else "-" for n in names
+        ]
         saved = f"{row['saved values / (2TR + TE)']:.2f}"
         size = ", ".join(str(v) for v in row["size"].values())
         table.add_row(size, row["dtype"], *cells, saved)

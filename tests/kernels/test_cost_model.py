@@ -126,10 +126,10 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MOLORA_CACHE", str(tmp_path))
     monkeypatch.delenv("MOLORA_CPU_MACHINE", raising=False)
     machine.cpu.cache_clear()
-    dispatch._faster_on_cpu.cache_clear()
+    dispatch._known_on_cpu.cache_clear()
     yield tmp_path
     machine.cpu.cache_clear()
-    dispatch._faster_on_cpu.cache_clear()
+    dispatch._known_on_cpu.cache_clear()
 
 
 def test_a_cpu_is_measured_once_and_remembered(
@@ -189,11 +189,11 @@ def test_many_experts_on_a_cpu_are_sorted(
     ids = torch.rand(256, experts, generator=g).topk(2).indices
     gates = torch.zeros(256, experts).scatter(1, ids, 0.5)
     args = (x, A, Bt, gates, 1.0, None)
-    assert dispatch._pick("auto", *args, 2) == form
+    assert dispatch._choose("auto", *args, 2) == form
     # nothing is promised about the gates, or one call is too short to matter
-    assert dispatch._pick("auto", *args, None) == "torch"
+    assert dispatch._choose("auto", *args, None) == "torch"
     tiny = (x[:4, :8], A[:, :, :8], Bt, gates[:4], 1.0, None)
-    assert dispatch._pick("auto", *tiny, 2) == "torch"
+    assert dispatch._choose("auto", *tiny, 2) == "torch"
     torch.testing.assert_close(
         lowrank_mixture(*args, top_k=2), lowrank_mixture(*args), rtol=1e-4, atol=1e-3
     )

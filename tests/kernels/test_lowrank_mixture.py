@@ -331,6 +331,14 @@ def test_shapes_that_broadcasting_would_accept_are_refused(
     assert f"'{name}': {shown}" in str(caught.value)
 
 
+@pytest.mark.parametrize("dropout", [1.0, -0.1, float("nan")])
+def test_dropout_out_of_range_is_refused(dropout: float) -> None:
+    p = problem(4, 3, 5, 4, 2)
+    args = [p[n] for n in ("x", "A", "Bt", "gates", "scale", "base")]
+    with pytest.raises(ConfigError, match=f"dropout={dropout} is not in"):
+        lowrank_mixture(*args, dropout=dropout)
+
+
 def test_backends_are_chosen_by_name_and_say_why_not() -> None:
     p = problem(4, 3, 5, 4, 2)
     args = [p[n] for n in ("x", "A", "Bt", "gates", "scale", "base")]

@@ -43,7 +43,7 @@ def test_uniform_routing_costs_one_for_every_k(E: int) -> None:
         for t in range(T):
             gates[t, [(t + j) % E for j in range(K)]] = 1 / K
         uniform = torch.full((T, E), 1 / E)
-        made = Routing(gates, uniform, torch.zeros(T, E), True)
+        made = Routing(gates, uniform, torch.zeros(T, E), 2)
         mask = torch.ones(T, dtype=torch.bool)
         mask[E:] = False
         for m in (None, mask):
@@ -51,7 +51,7 @@ def test_uniform_routing_costs_one_for_every_k(E: int) -> None:
         # everything to the same K experts
         gates = torch.zeros(T, E)
         gates[:, :K] = 1 / K
-        made = Routing(gates, gates, torch.zeros(T, E), True)
+        made = Routing(gates, gates, torch.zeros(T, E), 2)
         assert objective("switch")(made, None) == pytest.approx(E / K, rel=1e-6)
 
 
@@ -71,7 +71,7 @@ def test_switch_by_hand() -> None:
 
 def test_z_by_hand() -> None:
     z = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [9.0, 9.0]])
-    made = Routing(z, z, z, False)
+    made = Routing(z, z, z, None)
     lse = [math.log(2), math.log(4), 9 + math.log(2)]
     want = sum(v**2 for v in lse) / 3
     assert objective("z")(made, None) == pytest.approx(want, rel=1e-6)
@@ -86,7 +86,7 @@ def test_no_real_token_gives_zero_with_a_graph(kind: str, T: int) -> None:
     z = torch.randn(T, 3, generator=torch.Generator().manual_seed(0))
     z.requires_grad_()
     p = torch.softmax(z, -1)
-    made = Routing(p, p, z, False)
+    made = Routing(p, p, z, None)
     masks = [torch.zeros(T, dtype=torch.bool)] + ([None] if T == 0 else [])
     for mask in masks:
         value = objective(kind)(made, mask)
@@ -114,7 +114,7 @@ def test_padding_has_no_gradient_and_no_weight(kind: str) -> None:
 def routing_of(z: Tensor) -> Routing:
     p = torch.softmax(z, -1)
     gates = p * torch.zeros_like(p).scatter(-1, p.topk(2).indices, 1.0)
-    return Routing(gates, p, z, True)
+    return Routing(gates, p, z, 2)
 
 
 def test_attach_is_an_identity_that_adds_the_gradient() -> None:

@@ -1,0 +1,349 @@
+"""Tile sizes of the Triton kernels, chosen by a table and never by autotuning.
+
+A configuration depends on shapes only, so the launch grid of a call is fixed. The
+table is keyed by architecture, kernel and bucket of the padded total rank; buckets of
+the tokens and of the wide dimension refine an entry (``pick``). Every configuration
+that ``pick`` can return is compiled ahead of time for its architecture
+(``molora.kernels.aot``) and held to the limits of the device.
+"""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """How one kernel is launched.
+
+    BM counts rows of tokens and BN columns of the wide dimension in one tile; split
+    is the number of programs that share the experts of the same tokens
+    (``shrink_gate``, ``bwd_rank``), the sum over the tokens (``wgrad``) or
+    over the wide dimension (``gather_shrink``); columns is the number of column tiles
+    that one program writes (``expand_add``).
+    """
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+    split: int = 1
+    columns: int = 1
+
+
+RANKS = (16, 32, 64, 128, 256)
+"""Buckets of the padded total rank; a longer rank goes in chunks of the last."""
+
+TOKENS = (16, 128, 2048)
+"""Upper ends of the token buckets; a fourth bucket holds everything above."""
+
+WIDTHS = (1024, 4096)
+"""Upper ends of the buckets of the wide dimension; a third holds everything above."""
+
+ARCHES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+"""Architectures that have a table."""
+
+Tile = tuple[int, int, int, int]
+
+# kernel -> rank bucket -> BM, BN, warps, stages for many tokens and 16-bit inputs;
+# the factors are float32, which is what fills the shared memory
+_Tiles = dict[str, tuple[Tile, Tile, Tile, Tile, Tile]]
+
+_GATHER: _Tiles = dict.fromkeys(
+    ("gather_shrink", "gather_expand"),
+    ((1, 256, 4, 2), (1, 128, 4, 2), (1, 128, 4, 2), (1, 64, 8, 2), (1, 32, 8, 2)),
+)
+
+_AMPERE: _Tiles = {
+    "shrink_gate": (
+        (128, 64, 4, 3),
+        (128, 64, 4, 3),
+        (128, 64, 8, 3),
+        (128, 64, 8, 3),
+        (64, 64, 8, 2),
+    ),
+    "expand_add": (
+        (128, 128, 8, 2),
+        (128, 128, 8, 2),
+        (128, 128, 8, 2),
+        (64, 128, 8, 2),
+        (64, 64, 8, 2),
+    ),
+    "bwd_rank": (
+        (128, 64, 4, 3),
+        (128, 64, 4, 3),
+        (128, 64, 8, 3),
+        (128, 64, 8, 3),
+        (64, 64, 8, 2),
+    ),
+    "wgrad": (
+        (64, 128, 4, 3),
+        (64, 128, 4, 3),
+        (64, 128, 8, 3),
+        (64, 128, 8, 3),
+        (64, 64, 8, 2),
+    ),
+    "grouped_shrink": (
+        (64, 64, 4, 3),
+        (64, 64, 4, 3),
+        (64, 64, 4, 3),
+        (64, 64, 8, 3),
+        (64, 64, 8, 2),
+    ),
+    "grouped_expand": (
+        (64, 64, 4, 2),
+        (64, 64, 4, 2),
+        (64, 64, 4, 2),
+        (64, 64, 8, 2),
+        (64, 64, 8, 2),
+    ),
+    "grouped_wgrad": (
+        (64, 128, 4, 3),
+        (64, 128, 4, 3),
+        (64, 128, 8, 3),
+        (64, 128, 8, 3),
+        (64, 64, 8, 2),
+    ),
+    **_GATHER,
+}
+
+_HOPPER: _Tiles = {
+    "shrink_gate": (
+        (128, 64, 4, 4),
+        (128, 64, 4, 4),
+        (128, 64, 8, 4),
+        (128, 64, 8, 4),
+        (128, 64, 8, 2),
+    ),
+    "expand_add": (
+        (128, 128, 8, 3),
+        (128, 128, 8, 3),
+        (128, 128, 8, 3),
+        (128, 128, 8, 2),
+        (64, 64, 8, 2),
+    ),
+    "bwd_rank": (
+        (128, 64, 4, 4),
+        (128, 64, 4, 4),
+        (128, 64, 8, 4),
+        (128, 64, 8, 4),
+        (64, 64, 8, 3),
+    ),
+    "wgrad": (
+        (64, 128, 4, 4),
+        (64, 128, 4, 4),
+        (64, 128, 8, 4),
+        (64, 128, 8, 4),
+        (64, 128, 8, 3),
+    ),
+    "grouped_shrink": (
+        (64, 64, 4, 4),
+        (64, 64, 4, 4),
+        (64, 64, 4, 4),
+        (64, 64, 8, 4),
+        (64, 64, 8, 3),
+    ),
+    "grouped_expand": (
+        (64, 128, 8, 2),
+        (64, 128, 8, 2),
+        (64, 128, 8, 2),
+        (64, 128, 8, 2),
+        (64, 32, 8, 2),
+    ),
+    "grouped_wgrad": (
+        (64, 128, 4, 3),
+        (64, 128, 4, 3),
+        (64, 128, 8, 3),
+        (64, 128, 8, 3),
+        (64, 64, 8, 2),
+    ),
+    **_GATHER,
+}
+
+# less shared memory than the others
+_ADA: _Tiles = _AMPERE | {
+    "expand_add": (
+        (128, 128, 8, 2),
+        (128, 128, 8, 2),
+        (128, 64, 8, 2),
+        (64, 64, 8, 2),
+        (64, 32, 8, 2),
+    ),
+    "wgrad": (
+        (64, 128, 4, 3),
+        (64, 128, 4, 3),
+        (64, 128, 8, 2),
+        (64, 128, 8, 2),
+        (64, 64, 8, 2),
+    ),
+    "grouped_expand": (
+        (64, 64, 4, 2),
+        (64, 64, 4, 2),
+        (64, 64, 4, 2),
+        (64, 64, 8, 2),
+        (64, 32, 8, 2),
+    ),
+}
+
+_CDNA: _Tiles = {
+    "shrink_gate": (
+        (128, 64, 4, 2),
+        (128, 64, 4, 2),
+        (128, 64, 8, 2),
+        (128, 64, 8, 2),
+        (64, 32, 8, 2),
+    ),
+    "expand_add": (
+        (128, 128, 8, 2),
+        (128, 128, 8, 2),
+        (128, 64, 8, 2),
+        (64, 64, 8, 2),
+        (64, 32, 8, 1),
+    ),
+    "bwd_rank": (
+        (128, 64, 4, 2),
+        (128, 64, 4, 2),
+        (128, 64, 8, 2),
+        (128, 64, 8, 2),
+        (64, 32, 8, 2),
+    ),
+    "wgrad": (
+        (64, 128, 4, 2),
+        (64, 128, 4, 2),
+        (64, 128, 8, 2),
+        (64, 128, 8, 2),
+        (64, 64, 8, 2),
+    ),
+    "grouped_shrink": (
+        (64, 64, 4, 2),
+        (64, 64, 4, 2),
+        (64, 64, 4, 2),
+        (64, 64, 8, 2),
+        (64, 32, 8, 2),
+    ),
+    "grouped_expand": (
+        (64, 64, 4, 2),
+        (64, 64, 4, 2),
+        (64, 64, 4, 2),
+        (64, 64, 8, 1),
+        (64, 32, 8, 2),
+    ),
+    "grouped_wgrad": (
+        (64, 128, 4, 2),
+        (64, 128, 4, 2),
+        (64, 128, 8, 2),
+        (64, 128, 8, 2),
+        (64, 64, 8, 2),
+    ),
+    **_GATHER,
+}
+
+_TABLES: dict[str, _Tiles] = {
+    "sm_80": _AMPERE,
+    "sm_89": _ADA,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "gfx942": _CDNA,
+}
+
+KERNELS = tuple(_AMPERE)
+"""Kernels that have a table."""
+
+_PER_TOKEN = ("shrink_gate", "expand_add", "bwd_rank")
+
+# kernel -> token bucket -> width bucket -> programs per reduction
+_SPLITS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "shrink_gate": ((8, 8, 8), (4, 4, 4), (2, 2, 2), (1, 1, 1)),
+    "bwd_rank": ((8, 8, 8), (4, 4, 4), (2, 2, 2), (1, 1, 1)),
+    "wgrad": ((1, 1, 1), (1, 1, 1), (4, 2, 1), (8, 4, 1)),
+    "gather_shrink": ((2, 8, 16), (1, 2, 4), (1, 1, 1), (1, 1, 1)),
+}
+
+# column tiles per program, by token bucket
+_COLUMNS = (1, 1, 4, 4)
+
+_FORCED: dict[str, Config] = {}
+
+
+def pick(
+    kernel: str, arch: str, rank: int, tokens: int, wide: int, itemsize: int = 2
+) -> Config:
+    """Configuration of one launch.
+
+    Args:
+        kernel: A name in ``KERNELS``.
+        arch: ``sm_`` and the compute capability, or the name AMD gives. One without a
+            table takes that of its family: AMD's ``gfx942``, NVIDIA's ``sm_100`` from
+            there on in the same generation, otherwise ``sm_89``, which needs least.
+        rank: Padded total rank of one tile, at most 256; of one expert for the
+            gather kernels and ``grouped_wgrad``.
+        tokens: Number of tokens T.
+        wide: I or O, the wide dimension the kernel walks.
+        itemsize: Bytes of one element of the inputs: 2 or 4.
+    """
+    if kernel in _FORCED:
+        return _FORCED[kernel]
+    row = RANKS[_bucket(RANKS[:-1], rank)]
+    buckets = _bucket(TOKENS, tokens), _bucket(WIDTHS, wide)
+    return _config(kernel, table_of(arch), row, *buckets, itemsize)
+
+
+def table_of(arch: str) -> str:
+    """Architecture whose table an architecture takes."""
+    if arch in ARCHES:
+        return arch
+    if arch.startswith("gfx"):
+        return "gfx942"
+    return "sm_100" if arch in ("sm_101", "sm_103") else "sm_89"
+
+
+def _bucket(ends: tuple[int, ...], size: int) -> int:
+    return sum(size > end for end in ends)
+
+
+@functools.cache
+def _config(
+    kernel: str, arch: str, row: int, tokens: int, wide: int, itemsize: int
+) -> Config:
+    """Configuration of one set of buckets."""
+    BM, BN, warps, stages = _TABLES[arch][kernel][RANKS.index(row)]
+    if itemsize == 4 and BM > 1:
+        # products of float32 run on the ordinary units, whose operands sit in registers
+        BM, BN, warps, stages = 32, 32, 4 if arch == "gfx942" else 8, 2
+        if kernel == "grouped_wgrad":
+            BM = 16
+    elif kernel in _PER_TOKEN:
+        # fewer tokens: more programs; kernels that walk the tokens mask instead
+        if tokens == 0:
+            # a warp of AMD is twice as wide, and half of one would load narrowly
+            BM, warps = 16, 2 if arch == "gfx942" else 4
+        BM = min(BM, 64) if tokens < len(TOKENS) else BM
+    split = _SPLITS[kernel][tokens][wide] if kernel in _SPLITS else 1
+    columns = _COLUMNS[tokens] if kernel == "expand_add" else 1
+    return Config(BM, BN, warps, stages, split, columns)
+
+
+def entries() -> Iterator[tuple[str, str, int, int, Config]]:
+    """Every distinct (kernel, arch, rank, itemsize, configuration) that ``pick`` gives.
+
+    Ranks that share a tile count once, as the largest of them; so do splits, which
+    change the grid and not the program.
+    """
+    for kernel, arch, itemsize in itertools.product(KERNELS, ARCHES, (2, 4)):
+        ranks: dict[Config, int] = {}
+        for rank, tokens in itertools.product(RANKS, range(len(TOKENS) + 1)):
+            config = _config(kernel, arch, rank, tokens, 1, itemsize)._replace(split=1)
+            ranks[config] = max(rank, ranks.get(config, 0))
+        for config, rank in ranks.items():
+            yield kernel, arch, rank, itemsize, config
+
+
+@contextlib.contextmanager
+def forced(kernel: str, config: Config) -> Iterator[None]:
+    """Make ``pick`` return config for kernel: to compile or to measure a candidate."""
+    _FORCED[kernel] = config
+    try:
+        yield
+    finally:
+        del _FORCED[kernel]

@@ -6,14 +6,14 @@ machine's rate and its bytes at the machine's bandwidth, plus a fixed time to st
     seconds = sum over kernels of max(flops / rate, bytes / bandwidth) + launch
 
 Every count below is what the backend's source does: the concatenated form reads x once
-for all R = E r ranks, the sorted forms gather the rows of P = T K pairs. The crossover
-follows: at large T the concatenated shrink is bound by memory until R reaches the
-machine's balance (rate / bandwidth), and the gather of K rows per token is worth it
-beyond K times that.
+for all R = E r ranks and is bound by memory until R reaches the machine's balance
+(rate / bandwidth); the sorted forms pay for ordering the tokens, and for gathering rows
+or walking the experts of a tile, and win where R is far above that.
 
 Limitations: caches are not modelled; measured rates stand in for them.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -94,18 +94,42 @@ def sorted_pairs(s: Shape) -> Iterator[Work]:
         yield Work(0.0, 8.0 * s.tokens * s.experts, launches=10)
 
 
-def fused_pairs(s: Shape) -> Iterator[Work]:
-    """Pairs sorted by expert, gathered inside the kernels: Triton's grouped kernels."""
+def experts_per_tile(s: Shape, tile: int = 64) -> float:
+    """Mean number of experts that a tile of sorted tokens uses, under even routing.
+
+    Tokens are ordered by their first two experts. With one expert per token a tile
+    holds one, and a border now and then. With two, a tile holds one first expert and as
+    many second ones as there are runs of equal pairs in it; further experts are spread
+    at random.
+    """
+    experts, tokens = s.experts, s.tokens
+    if s.top_k == 1 or experts < 3:
+        return min(float(experts), 1 + experts * tile / max(tokens, 1))
+    per_pair = 2.0 * tokens / (experts * (experts - 1))
+    runs = tile * -math.expm1(-per_pair) / per_pair if per_pair else 1.0
+    used = min(float(experts), 1 + runs)
+    drawn = tile * (s.top_k - 2)
+    return used - (experts - used) * math.expm1(-drawn / experts)
+
+
+def fused_tiles(s: Shape) -> Iterator[Work]:
+    """Tiles of tokens sorted by expert, each walking its experts: Triton's grouped."""
     pairs, size = s.tokens * s.top_k, s.itemsize
-    touched = min(s.experts, pairs) * s.rank
-    yield Work(0.0, 8.0 * s.tokens * s.experts, launches=4)
+    tile_rank = experts_per_tile(s) * s.rank
+    # ordering the tokens and listing the experts of each tile
+    yield Work(0.0, 8.0 * s.tokens * s.experts, launches=15)
     for wide, passes in ((s.wide_in, 1), (s.wide_out, 2)):
-        tall, factor, thin = pairs * wide, touched * wide, pairs * s.rank
-        flops = 2.0 * tall * s.rank
-        yield Work(flops, size * (passes * tall + factor + thin), is_grouped=True)
+        tall, thin = s.tokens * wide, pairs * s.rank
+        factor = s.experts * s.rank * wide
+        flops = 2.0 * tall * tile_rank
+        yield Work(flops, size * (passes * tall + factor + thin))
         if s.training:
-            yield Work(flops, size * (2 * tall + factor + thin), is_grouped=True)
-            yield Work(flops, size * (tall + factor + thin), is_grouped=True)
+            yield Work(flops, size * (tall + factor + thin))
+            # the gradient of a factor reads a row once per expert that uses it
+            exact = 2.0 * pairs * wide * s.rank
+            yield Work(exact, size * (s.top_k * tall + factor + thin), is_grouped=True)
+    if s.training:
+        yield Work(0.0, 8.0 * s.tokens * s.experts, launches=15)
 
 
 def gathered(s: Shape) -> Iterator[Work]:
@@ -122,7 +146,7 @@ FORMS = {
     "torch": concatenated,
     "sorted": sorted_pairs,
     "triton": concatenated,
-    "triton_grouped": fused_pairs,
+    "triton_grouped": fused_tiles,
     "triton_gather": gathered,
 }
 """The form that each backend computes."""

@@ -11,7 +11,14 @@ import torch
 
 from molora.errors import ConfigError
 from molora.kernels import dispatch, lowrank_mixture, machine
-from molora.kernels.cost_model import FORMS, Machine, Shape, fastest, seconds
+from molora.kernels.cost_model import (
+    FORMS,
+    Machine,
+    Shape,
+    experts_per_tile,
+    fastest,
+    seconds,
+)
 
 H100 = machine.GPUS["sm_90"]
 SLOW = Machine(gemm=6e10, grouped=1.5e10, bandwidth=1.2e10, launch=5e-6)
@@ -55,16 +62,32 @@ def test_the_time_of_the_concatenated_form_does_not_follow_the_experts() -> None
     assert seconds("triton", shape(experts=64), H100) > 2 * one
 
 
-@pytest.mark.parametrize("top_k", [2, 4])
-def test_the_crossover_of_the_shrink_is_top_k_times_the_balance(top_k: int) -> None:
+@pytest.mark.parametrize(
+    ("top_k", "experts", "counted"),
+    [(1, 64, 1.5), (1, 128, 2), (1, 256, 3), (2, 64, 17), (2, 128, 40), (2, 256, 54)],
+)
+def test_experts_of_a_tile_are_those_counted_in_random_routings(
+    top_k: int, experts: int, counted: float
+) -> None:
+    used = experts_per_tile(shape(experts=experts, top_k=top_k))
+    assert used == pytest.approx(counted, rel=0.1)
+
+
+def test_experts_of_a_tile_stay_in_bounds() -> None:
+    for tokens, experts, top_k in itertools.product(
+        [0, 1, 64, 8192], [1, 2, 3, 8, 300], [1, 2, 3, 8]
+    ):
+        s = shape(tokens=tokens, experts=experts, top_k=min(top_k, experts))
+        assert 1 <= experts_per_tile(s) <= experts
+
+
+def test_grouped_tiles_win_beyond_the_balance_and_not_below() -> None:
     balance = H100.gemm / H100.bandwidth
-    for ranks, grouped_wins in ((0.8, False), (1.3, True)):
-        experts = round(ranks * top_k * balance / 16)
-        sizes = {"tokens": 2**15, "wide_in": 2**16, "wide_out": 8}
-        s = shape(**sizes, experts=experts, top_k=top_k)
-        dense = seconds("triton", s, H100)
-        grouped = seconds("triton_grouped", s, H100)
-        assert (grouped < dense) is grouped_wins, experts
+    below = shape(experts=int(balance / 16))
+    assert fastest(["triton", "triton_grouped"], below, H100) == "triton"
+    for top_k in (1, 2):
+        above = shape(experts=int(8 * balance / 16), top_k=top_k)
+        assert fastest(["triton", "triton_grouped"], above, H100) == "triton_grouped"
 
 
 def test_decoding_gathers_once_the_unused_factors_weigh_more() -> None:

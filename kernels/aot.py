@@ -1,0 +1,157 @@
+"""Compile the Triton kernels for any target, without a GPU.
+
+The launchers run on tensors without memory while Triton's driver is one that names the
+target and never launches: what is compiled is exactly what a call would launch on that
+device, with the same specialisation of its arguments.
+
+This cannot run with TRITON_INTERPRET set. It says that no configuration is broken on a
+device; it says nothing about speed.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from molora.kernels import (
+    triton_dense,
+    triton_gather,
+    triton_grouped,
+)
+from molora.kernels.configs import ARCHES, Config, forced, pick
+from molora.kernels.gradients import Needs
+from molora.kernels.machine_code import TARGETS, Numbers, read
+from molora.kernels.triton_traffic import Traffic, traffic
+
+
+class Launch(NamedTuple):
+    """One launch of a call."""
+
+    name: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    compiled: Any
+    """Triton's compiled kernel; None where it was not asked for."""
+
+
+class _Driver:
+    """A driver that names its target and launches nothing."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return ARCHES.index(self.arch)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.arch].target
+
+
+@contextlib.contextmanager
+def recorded(arch: str, only: str | None) -> Iterator[list[Launch]]:
+    """Record launches instead of making them, and compile one of the kernels.
+
+    Args:
+        arch: Target to compile for.
+        only: Name of a kernel to compile, at its first launch; None compiles nothing.
+    """
+    launches: list[Launch] = []
+    original = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled = None
+        if self.__name__ == only and not any(one.compiled for one in launches):
+            compiled = original(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append(Launch(self.__name__, grid, kwargs, compiled))
+
+    driver = mock.patch.object(triton.runtime.driver, "_active", _Driver(arch))
+    with driver, mock.patch.object(JITFunction, "run", run):
+        yield launches
+
+
+def compiled(
+    kernel: str, arch: str, rank: int, itemsize: int, config: Config
+) -> Numbers:
+    """Compile one configuration of one kernel and read its machine code."""
+    with forced(kernel, config), recorded(arch, kernel) as made:
+        call(kernel, rank, itemsize)
+    return read(next(launch.compiled for launch in made if launch.name == kernel))
+
+
+def launches(kernel: str) -> int:
+    """Launches of the pass, forward or backward, that a kernel belongs to."""
+    forward = {"grouped_wgrad": "grouped_shrink"}
+    with recorded(ARCHES[0], None) as made:
+        call(kernel, 128)
+    return len(made) - (launches(forward[kernel]) if kernel in forward else 0)
+
+
+def traffic_of(
+    kernel: str, arch: str, rank: int, itemsize: int, config: Config
+) -> Traffic | None:
+    """Bytes that one launch of a dense kernel moves, and the least it could.
+
+    Counted for 8192 tokens of 4096 features; None if those have another configuration.
+    """
+    used = pick(kernel, arch, rank, 8192, 4096, itemsize)
+    if used._replace(split=1) != config:
+        return None
+    with forced(kernel, used), recorded(arch, None) as made:
+        call(kernel, rank, itemsize)
+    launch = next(launch for launch in made if launch.name == kernel)
+    tensors: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for name, value in launch.arguments.items():
+        into = tensors if value is None or isinstance(value, Tensor) else settings
+        into[name] = value
+    return traffic(kernel, launch.grid, tensors, settings)
+
+
+def call(
+    kernel: str, rank: int, itemsize: int = 2, tokens: int = 8192, wide: int = 4096
+) -> None:
+    """Make the call that launches a kernel, on tensors without memory.
+
+    Args:
+        kernel: Name of the kernel.
+        rank: Padded rank of its tile.
+        itemsize: Bytes of an element of x; the factors are float32.
+        tokens: Number of tokens.
+        wide: Both wide dimensions.
+    """
+    experts, r = _experts(kernel, rank)
+    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+    x = torch.empty(tokens, wide, device="meta", dtype=dtype)
+    factor = torch.empty(experts, r, wide, device="meta")
+    gates = torch.empty(tokens, experts, device="meta")
+    routed = (factor, factor, gates, 2.0)
+    if kernel.startswith("gather"):
+        triton_gather.forward(x, x, *routed, 2)
+    elif kernel.startswith("grouped"):
+        z = triton_grouped.forward(x, x, *routed, 2)[1]
+        if kernel == "grouped_wgrad":
+            triton_grouped.backward(x, x, z, *routed, 2, 0.0, 0, Needs(*[True] * 4))
+    elif kernel in ("shrink_gate", "expand_add"):
+        triton_dense.forward(x, x, *routed, None)
+    else:
+        z = torch.empty(tokens, experts * r, device="meta", dtype=dtype)
+        triton_dense.backward(x, x, z, *routed, None)
+
+
+def _experts(kernel: str, rank: int) -> tuple[int, int]:
+    """Experts and rank of one, that make a tile of this padded rank."""
+    if kernel.startswith("gather") or kernel == "grouped_wgrad":
+        return 64, rank
+    r = 8 if rank <= 64 else 16
+    if kernel.startswith("grouped"):
+        return (rank // r, r) if rank <= triton_grouped.CHUNK else (64, rank)
+    return rank // r, r

@@ -95,6 +95,10 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+COMPILABLE = ("torch", "triton")
+"""Backends whose results have sizes and dtypes that follow from those of the inputs."""
+
+
 BACKENDS: dict[str, Backend] = {
     "torch": Backend("molora.kernels.torch_path"),
     "sorted": Backend("molora.kernels.sorted_path"),

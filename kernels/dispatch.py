@@ -12,7 +12,7 @@ from torch import Tensor
 from molora.errors import ConfigError
 from molora.kernels import machine, sorted_path
 from molora.kernels.autograd import Options, run
-from molora.kernels.backends import BACKENDS
+from molora.kernels.backends import BACKENDS, COMPILABLE
 from molora.kernels.cost_model import Shape, fastest
 from molora.kernels.torch_path import compute_dtype
 
@@ -42,7 +42,8 @@ def lowrank_mixture(
         gates: [T, E] in at least float32; None means one expert with gate 1.
         scale: alpha / r, one number or [E].
         base: [T, O] output of the frozen layer; None means zero.
-        backend: ``auto``, or a name in ``BACKENDS``.
+        backend: ``auto``, or a name in ``BACKENDS``. Under ``torch.compile`` ``auto``
+            is ``torch``.
         top_k: At most so many gates of a token are not zero, and nothing reads the
             gradient of a gate that is zero. Lets ``auto`` skip experts not in use;
             None promises nothing.
@@ -99,7 +100,8 @@ def _choose(
             top_k,
             x.dtype,
             A.dtype,
-            torch.is_grad_enabled(),
+            # not the grad mode: reentrant checkpointing runs its forward without
+            A.requires_grad or Bt.requires_grad,
             torch.get_num_threads(),
         )
     _check(*(_size(tensor) for tensor in (x, A, Bt, gates, scale, base)))
@@ -159,11 +161,19 @@ def _pick(
     top_k: int | None,
 ) -> str:
     """Name of the backend for a call."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ConfigError(f"backend {backend!r} is unknown; choose from {[*BACKENDS]}")
+    if torch.compiler.is_compiling():
+        # reasons are not looked for: that would import modules within the graph
+        if backend not in ("auto", *COMPILABLE):
+            raise ConfigError(
+                f"backend {backend!r} declined: inside torch.compile only "
+                f"{' and '.join(COMPILABLE)} have sizes that are known beforehand"
+            )
+        return "torch" if backend == "auto" else backend
     call = (x, A, Bt, gates, scale, base, top_k)
     if backend == "auto":
         return _auto_gpu(*call) if x.device.type == "cuda" else "torch"
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend {backend!r} is unknown; choose from {[*BACKENDS]}")
     if reasons := BACKENDS[backend].why_not(*call):
         raise ConfigError(f"backend {backend!r} declined: {'; '.join(reasons)}")
     return backend
@@ -181,13 +191,13 @@ def _auto_gpu(
     """The Triton form that the cost model expects to be fastest, of those that can."""
     call = (x, A, Bt, gates, scale, base, top_k)
     names = ["triton"]
-    if top_k is not None and not torch.compiler.is_compiling():
-        names += ["triton_grouped", "triton_gather"]
+    trained = A.requires_grad or Bt.requires_grad
+    if top_k is not None:
+        names += ["triton_grouped"] if trained else ["triton_grouped", "triton_gather"]
     able = [name for name in names if not BACKENDS[name].why_not(*call)]
     if len(able) < 2:
         return able[0] if able else "torch"
     assert gates is not None
-    trained = any(tensor.requires_grad for tensor in (x, A, Bt, gates))
     shape = Shape(
         tokens=x.shape[0],
         wide_in=x.shape[1],
@@ -196,7 +206,7 @@ def _auto_gpu(
         rank=A.shape[1],
         top_k=min(top_k or gates.shape[1], gates.shape[1]),
         itemsize=x.dtype.itemsize,
-        training=trained and torch.is_grad_enabled(),
+        training=trained,
     )
     return fastest(able, shape, machine.gpu(x.device))
 

@@ -10,10 +10,13 @@ import functools
 import json
 import os
 import platform
+import re
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -51,41 +54,55 @@ def cpu(dtype: torch.dtype, threads: int) -> Machine:
     """Rates of this CPU with so many threads: set, remembered, or measured now.
 
     Raises:
-        ConfigError: MOLORA_CPU_MACHINE holds no machine.
+        ConfigError: MOLORA_CPU_MACHINE or the remembered file holds no machine.
     """
     given = os.environ.get(_VARIABLE)
     if given:
         return _parse(given, _VARIABLE)
-    key = f"{_name()}, {threads} threads, {dtype}, torch {torch.__version__}"
-    path = cache_root() / "cpu.json"
-    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    if key in known:
-        return _parse(json.dumps(known[key]), f"{path}: {key}")
-    machine = measure(dtype)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    name = f"{_name()}-{threads}-threads-{dtype}-torch-{torch.__version__}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps({**known, key: machine._asdict()}, indent=2))
-        draft.replace(path)
-    except OSError as error:
+        path = cache_root() / "cpu" / (re.sub(r"[^\w.+-]+", "-", name) + ".json")
+        if not path.is_file():
+            _keep(measure(dtype), path)
+        # what is kept, also where another process was first: all choose alike
+        text = path.read_text("utf-8")
+    except (OSError, RuntimeError) as error:
         warnings.warn(
             f"the measured speed of this CPU cannot be kept ({error}); another run may "
             "choose another backend and round differently. Set MOLORA_CACHE to a "
             f"folder that can be written, or {_VARIABLE}",
             stacklevel=2,
         )
-    return machine
+        return measure(dtype)
+    return _parse(text, f"{path} (delete it to measure again)")
+
+
+def _keep(machine: Machine, path: Path) -> None:
+    """Write a file whole, unless another process has written it meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(machine._asdict(), indent=2) + "\n", "utf-8")
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()
 
 
 def measure(dtype: torch.dtype) -> Machine:
     """Time one narrow product, one grouped product, one gather, one small operation."""
     tokens, wide, ranks, groups = 2048, 1024, 128, 32
-    x = torch.randn(tokens, wide, dtype=dtype)
-    factor = torch.randn(groups, ranks // 16, wide, dtype=dtype)
-    flat = torch.randn(ranks, wide, dtype=dtype)
-    order = torch.randperm(tokens)
-    ends = torch.arange(1, groups + 1, dtype=torch.int32) * (tokens // groups)
-    tiny = torch.ones(4, dtype=dtype)
+    # its own generator and device: it runs inside somebody's forward
+    g = torch.Generator().manual_seed(0)
+    kind: dict[str, Any] = {"dtype": dtype, "device": "cpu"}
+    x = torch.randn(tokens, wide, generator=g, **kind)
+    factor = torch.randn(groups, ranks // 16, wide, generator=g, **kind)
+    flat = torch.randn(ranks, wide, generator=g, **kind)
+    order = torch.randperm(tokens, generator=g, device="cpu")
+    ends = torch.arange(1, groups + 1, dtype=torch.int32, device="cpu")
+    ends *= tokens // groups
+    tiny = torch.ones(4, **kind)
     flops = 2.0 * tokens * wide
     with torch.no_grad():
         return Machine(

@@ -100,12 +100,17 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Gradients of the definition, by autograd."""
+    if not any(needs):
+        return Gradients(None, None, None, None)
     with torch.enable_grad():
         x_TI, A, Bt = (v.detach().requires_grad_() for v in (x_TI, A, Bt))
         if gates_TE is not None:
             gates_TE = gates_TE.detach().requires_grad_()
-        y_TO, _ = forward(x_TI, None, A, Bt, gates_TE, scale, top_k, dropout, seed)
         given = zip((x_TI, A, Bt, gates_TE), needs, strict=True)
         wanted = [v for v, needed in given if needed and v is not None]
-        made = iter(torch.autograd.grad(y_TO, wanted, dy_TO.to(y_TO.dtype)))
+        if x_TI.shape[0]:
+            y_TO, _ = forward(x_TI, None, A, Bt, gates_TE, scale, top_k, dropout, seed)
+            made = iter(torch.autograd.grad(y_TO, wanted, dy_TO.to(y_TO.dtype)))
+        else:
+            made = iter([torch.zeros_like(v) for v in wanted])
     return Gradients(*(next(made) if needed else None for needed in needs))

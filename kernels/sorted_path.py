@@ -51,6 +51,8 @@ def why_not(
 def unfit(dtype: torch.dtype, rank: int, wide_in: int, wide_out: int) -> list[str]:
     """Reasons that lie in the sizes and the dtype of the products."""
     reasons = []
+    if not hasattr(F, "grouped_mm"):
+        reasons.append(f"torch {torch.__version__} has no grouped matmul")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"computes in {dtype}: the grouped matmul has 16 and 32 bits")
     step = 16 // dtype.itemsize
@@ -109,10 +111,14 @@ def forward(
     if Bt.shape[0] == 1:
         zg_Tr = zg_Pr.new_zeros(tokens, zg_Pr.shape[1])
         zg_Tr.index_add_(0, pairs.token_P, zg_Pr)
-        y_TO = torch.addmm(cast(base_TO, sum_dtype), zg_Tr, cat(Bt, dtype))
+        y_TO = torch.addmm(
+            cast(base_TO, sum_dtype), cast(zg_Tr, sum_dtype), cat(Bt, sum_dtype)
+        )
     else:
         update_PO = F.grouped_mm(zg_Pr, cast(Bt, dtype), offs=pairs.ends_E)
-        y_TO = cast(base_TO, sum_dtype).index_add(0, pairs.token_P, update_PO)
+        y_TO = cast(base_TO, sum_dtype).index_add(
+            0, pairs.token_P, cast(update_PO, sum_dtype)
+        )
     return cast(y_TO, base_TO.dtype), z_Pr
 
 

@@ -137,6 +137,13 @@ class MoloraLinear(nn.Module):
         self, y_TO: Tensor, routing: Routing, context: ForwardContext, shape: torch.Size
     ) -> Tensor:
         """Record the routing and attach the balance objectives."""
+        # sums of tokens are not for half precision, which autocast would use
+        with torch.autocast(y_TO.device.type, enabled=False):
+            return self._watch_exactly(y_TO, routing, context, shape)
+
+    def _watch_exactly(
+        self, y_TO: Tensor, routing: Routing, context: ForwardContext, shape: torch.Size
+    ) -> Tensor:
         weight_T = context.token_weights(shape, self.path)
         values: dict[str, Tensor] = {}
         if self.training:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import molora
+from molora.context import ForwardContext
 from molora.errors import RoutingError, WrapError
 from molora.model import adapter_parameters, sites
 
@@ -312,3 +313,38 @@ def test_sites_with_one_expert_do_not_thin_out_the_balance() -> None:
         grads.append(router.gate.weight.grad)
     assert grads[0].abs().max() > 0
     assert torch.equal(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_objectives_are_exact_under_autocast(dtype: torch.dtype) -> None:
+    """Sums over thousands of tokens overflow in half precision, or lose the count."""
+    raw = {
+        "target_modules": ["0"],
+        "experts": {"kind": "lora", "num_experts": 4, "r": 2},
+        "router": {"kind": "topk", "top_k": 2, "init_range": 1.0},
+        "balance": [{"kind": "switch", "weight": 1.0}],
+    }
+    model: Any = molora.wrap(
+        nn.Sequential(nn.Linear(8, 8)), molora.AdapterConfig.from_dict(raw)
+    )
+    site = model[0]
+    site.runtime.stats = {}
+    mask = torch.ones(2, 4001, dtype=torch.bool)
+    mask[1, 3000:] = False
+    site.runtime.current = ForwardContext(mask, mask_source="attention_mask", rows=2)
+    x = torch.randn(2, 4001, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype):
+        y = site.train()(x)
+    # nothing flows from y, so the router's gradient is that of the objective alone
+    (y.float() * 0).sum().backward()
+    weight = site.router.gate.weight
+    got = weight.grad.clone()
+    probs = torch.softmax(x[mask].double() @ weight.double().t(), -1)
+    chosen = torch.zeros_like(probs).scatter(-1, probs.topk(2).indices, 1.0)
+    value = 4 * (chosen.mean(0) / 2 * probs.mean(0)).sum()
+    (want,) = torch.autograd.grad(value, weight)
+    stats = site.runtime.stats["0"]
+    assert stats.tokens == mask.sum()
+    assert torch.equal(stats.chosen_sum_E.double(), chosen.sum(0))
+    assert abs(stats.balance["switch"].double() - value) < 1e-5
+    assert (got - want).abs().max() < 1e-5 * want.abs().max() + 1e-9

@@ -94,18 +94,21 @@ def forward(model: nn.Module, batch: Batch) -> None:
         for name, value in batch.inputs.items()
     }
     named = tasks(model, batch.names) if batch.names else contextlib.nullcontext()
-    if _head_is_unread(model) and "labels" not in inputs:
+    if _logits_are_unread(model) and "labels" not in inputs:
         # nobody looks at the logits, which cost as much as several layers
         inputs["logits_to_keep"] = 1
     with named:
         model(**inputs)
 
 
-def _head_is_unread(model: nn.Module) -> bool:
+def _logits_are_unread(model: nn.Module) -> bool:
     """Whether the model can leave out logits, and no site is behind them."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     takes = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-    return takes and head is not None and not isinstance(head, MoloraLinear)
+    body = getattr(model, "base_model", model)
+    if not takes or body is model:
+        return False
+    inside = set(body.modules())
+    return all(site in inside for site in sites(model).values())
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from transformers import BertConfig, BertLMHeadModel
 
 import molora
 from molora.collapse import COLLAPSERS
@@ -527,6 +528,26 @@ def test_the_output_head_sees_every_token(
     real = sum(int(batch["attention_mask"].sum()) for batch in data())
     assert report.tokens_fit + report.tokens_held == real
     assert set(kept) == ({10} if target == "lm_head" else {1})
+
+
+def test_layers_between_the_body_and_the_logits_see_every_token() -> None:
+    """BERT slices before the transform of its head, where sites may be."""
+    torch.manual_seed(0)
+    settings = BertConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        is_decoder=True,
+    )
+    raw = {"target_modules": "all-linear", "experts": PLAIN}
+    model = mixture(BertLMHeadModel(settings).eval(), raw)
+    report = quiet(model, "concat", calibration=data()).report
+    real = sum(int(batch["attention_mask"].sum()) for batch in data())
+    # the counts are those of the last site
+    assert "transform" in list(report.sites)[-1]
+    assert report.tokens_fit + report.tokens_held == real
 
 
 def test_unwrap_drops_the_report(tiny_llama: Callable[..., Any]) -> None:

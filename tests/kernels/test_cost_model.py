@@ -158,14 +158,57 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_cpu_is_measured_once_and_remembered(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = torch.get_rng_state()
     first = machine.cpu(torch.float32, 1)
+    # it runs inside somebody's forward, between two draws of dropout seeds
+    assert torch.equal(torch.get_rng_state(), before)
     assert all(value > 0 for value in first)
     assert first.launch < 1e-3 and 1e8 < first.gemm < 1e14
-    kept = json.loads((fresh / "cpu.json").read_text())
-    assert [tuple(v.values()) for v in kept.values()] == [tuple(first)]
+    (kept,) = (fresh / "cpu").iterdir()
+    assert tuple(json.loads(kept.read_text()).values()) == tuple(first)
     machine.cpu.cache_clear()
     monkeypatch.setattr(machine, "measure", lambda dtype: pytest.fail("again"))
     assert machine.cpu(torch.float32, 1) == first
+
+
+def test_of_two_processes_both_use_what_the_first_measured(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(dtype: torch.dtype) -> Machine:
+        # another process is done while this one still measures
+        monkeypatch.setattr(machine, "measure", lambda dtype: SLOW)
+        machine.cpu.__wrapped__(dtype, 1)
+        return H100
+
+    monkeypatch.setattr(machine, "measure", measure)
+    assert machine.cpu(torch.float32, 1) == SLOW
+    assert [path.suffix for path in (fresh / "cpu").iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("text", ["", '{"a":', "[]", "null", '{"gemm": 1}'])
+def test_a_damaged_file_is_named(fresh: Path, text: str) -> None:
+    machine.cpu(torch.float32, 1)
+    (kept,) = (fresh / "cpu").iterdir()
+    kept.write_text(text)
+    machine.cpu.cache_clear()
+    with pytest.raises(ConfigError, match=r"\.json \(delete it to measure again\)"):
+        machine.cpu(torch.float32, 1)
+
+
+def test_the_choice_does_not_follow_the_grad_mode(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reentrant checkpointing runs a forward without gradients and again with them."""
+    rates = SLOW._replace(grouped=SLOW.gemm / 3)
+    monkeypatch.setenv("MOLORA_CPU_MACHINE", json.dumps(rates._asdict()))
+    x, gates = torch.randn(512, 576), torch.rand(512, 20)
+    for rank in range(4, 41, 4):
+        A = torch.nn.Parameter(torch.randn(20, rank, 576))
+        Bt = torch.nn.Parameter(torch.randn(20, rank, 1536))
+        call = ("auto", x, A, Bt, gates, 1.0, None, 2)
+        with torch.no_grad():
+            first = dispatch._choose(*call)
+        assert first == dispatch._choose(*call)
 
 
 def test_the_measurement_can_be_replaced(
@@ -173,7 +216,7 @@ def test_the_measurement_can_be_replaced(
 ) -> None:
     monkeypatch.setenv("MOLORA_CPU_MACHINE", json.dumps(SLOW._asdict()))
     assert machine.cpu(torch.float32, 1) == SLOW
-    assert not (fresh / "cpu.json").exists()
+    assert not (fresh / "cpu").exists()
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,27 @@ def test_compiles_whole_and_equals_eager(shared: str, dynamic: bool) -> None:
             torch.testing.assert_close(other, eager)
 
 
+@pytest.mark.parametrize("backend", ["reference", "sorted", "triton_grouped"])
+def test_backends_without_fixed_sizes_decline_inside_compile(backend: str) -> None:
+    def step(x: Tensor, base: Tensor, A: Tensor, Bt: Tensor, gates: Tensor) -> Tensor:
+        return lowrank_mixture(x, A, Bt, gates, 0.5, base, backend, top_k=2)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=f"{backend}' declined: inside torch.compile"):
+        compiled(*arguments())
+
+
+def test_a_named_backend_compiles() -> None:
+    def step(x: Tensor, base: Tensor, A: Tensor, Bt: Tensor, gates: Tensor) -> Tensor:
+        return lowrank_mixture(x, A, Bt, gates, 0.5, base, "torch")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    args = arguments()
+    torch.testing.assert_close(compiled(*args), step(*args))
+
+
 def test_compiles_under_autocast() -> None:
     def step(x: Tensor, base: Tensor, A: Tensor, Bt: Tensor, gates: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

@@ -147,6 +147,35 @@ def test_half_precision_inputs(
         assert ours <= 2.0 * theirs + 1e-6, (name, float(ours), float(theirs))
 
 
+@pytest.mark.parametrize("shared", ["", "B"])
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)],
+)
+def test_a_base_of_higher_precision(
+    inner: torch.dtype, outer: torch.dtype, shared: str
+) -> None:
+    p = problem(30, 5, 2, 16, 8, 8, shared, 9)
+    for name in ("x", "A", "Bt"):
+        p[name] = p[name].to(inner)
+    for name in ("base", "dy"):
+        p[name] = p[name].to(outer)
+    got, dense = by_backend(p, "sorted"), by_backend(p, "torch")
+    assert got["y"].dtype == dense["y"].dtype == outer
+    tol = 2e-2 if inner == torch.bfloat16 else 2e-5
+    assert_near(p, got, by_einsum(p), tol)
+
+
+def test_the_definition_takes_no_tokens_and_only_a_base() -> None:
+    p = problem(0, 3, 1, 8, 8, 4, "", 3)
+    assert_near(p, by_backend(p, "reference"), by_einsum(p), 1e-12)
+    p = problem(4, 3, 1, 8, 8, 4, "", 3)
+    base = p["base"].requires_grad_()
+    args = (p["x"], p["A"], p["Bt"], p["gates"], 1.0, base, "reference")
+    lowrank_mixture(*args).backward(p["dy"].double())
+    assert torch.equal(base.grad, p["dy"])
+
+
 def test_each_argument_may_be_frozen() -> None:
     p = problem(9, 5, 2, 8, 12, 4, "", 5)
     want = by_einsum(p)

@@ -101,17 +101,20 @@ def test_gradients_equal_those_of_the_plain_trainer(
     tmp_path: Path,
     reentrant: bool | None,
 ) -> None:
-    """TRL's fused loss against the model's own, balance objective included."""
+    """TRL's fused loss against the model's own, balance objective included.
+
+    In float64 but for the loss itself, which both compute in float32.
+    """
     spy, other = Spy(), Spy()
     settings: dict[str, Any] = {}
     if reentrant is not None:
         settings["activation_checkpointing"] = True
         settings["activation_checkpointing_kwargs"] = {"use_reentrant": reentrant}
-    trainer = sft(wrapped(tiny_llama), tokenizer, tmp_path, [spy], **settings)
+    trainer = sft(wrapped(tiny_llama).double(), tokenizer, tmp_path, [spy], **settings)
     trainer.train()
     # the rows and the collator that TRL made, under transformers' trainer
     plain = MoloraTrainer(
-        model=wrapped(tiny_llama),
+        model=wrapped(tiny_llama).double(),
         args=arguments(tmp_path),
         train_dataset=trainer.train_dataset,
         data_collator=trainer.data_collator,
@@ -122,7 +125,7 @@ def test_gradients_equal_those_of_the_plain_trainer(
     for got, wanted in zip(spy.grads, other.grads, strict=True):
         for name, value in wanted.items():
             error = (got[name] - value).abs().max()
-            assert error <= 2e-5 * value.abs().max().clamp(min=1e-6), name
+            assert error <= 1e-5 * value.abs().max().clamp(min=1e-6), name
     logs = [log for log in trainer.state.log_history if "loss" in log]
     wanted_logs = [log for log in plain.state.log_history if "loss" in log]
     for log, wanted_log in zip(logs, wanted_logs, strict=True):

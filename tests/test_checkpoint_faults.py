@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -247,7 +248,6 @@ def test_a_pickle_is_not_opened(tiny_llama: Factory, tmp_path: Path) -> None:
 def test_an_adapter_of_peft_is_named_as_such(
     tiny_llama: Factory, tmp_path: Path
 ) -> None:
-    peft = pytest.importorskip("peft")
     adapter = peft.get_peft_model(
         tiny_llama(), peft.LoraConfig(target_modules=["q_proj"])
     )

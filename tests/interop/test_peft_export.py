@@ -143,3 +143,4 @@ def test_peft_is_not_needed(
     monkeypatch.setitem(sys.modules, "peft", None)
     model = trained(tiny_llama(), target_modules=["q_proj"], **UNEVEN)
     molora.export_peft(model, tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_size > 0

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from molora.kernels import (
     triton_dense,
@@ -17,8 +18,6 @@ from molora.kernels import (
 from molora.kernels.configs import Config
 from molora.kernels.gradients import Needs
 from molora.kernels.triton_traffic import CACHED, Traffic, traffic
-
-interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 MIB = 2**20
 SMALL = {

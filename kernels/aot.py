@@ -24,7 +24,7 @@ from molora.kernels import (
     triton_gather,
     triton_grouped,
 )
-from molora.kernels.configs import ARCHES, Config, forced, pick
+from molora.kernels.configs import ARCHES, Config, experts_of, forced, pick
 from molora.kernels.gradients import Needs
 from molora.kernels.machine_code import TARGETS, Numbers, read
 from molora.kernels.triton_traffic import Traffic, traffic
@@ -128,7 +128,7 @@ def call(
         tokens: Number of tokens.
         wide: Both wide dimensions.
     """
-    experts, r = _experts(kernel, rank)
+    experts, r = experts_of(kernel, rank)
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
     x = torch.empty(tokens, wide, device="meta", dtype=dtype)
     factor = torch.empty(experts, r, wide, device="meta")
@@ -145,13 +145,3 @@ def call(
     else:
         z = torch.empty(tokens, experts * r, device="meta", dtype=dtype)
         triton_dense.backward(x, x, z, *routed, None)
-
-
-def _experts(kernel: str, rank: int) -> tuple[int, int]:
-    """Experts and rank of one, that make a tile of this padded rank."""
-    if kernel.startswith("gather") or kernel == "grouped_wgrad":
-        return 64, rank
-    r = 8 if rank <= 64 else 16
-    if kernel.startswith("grouped"):
-        return (rank // r, r) if rank <= triton_grouped.CHUNK else (64, rank)
-    return rank // r, r

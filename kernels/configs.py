@@ -10,8 +10,14 @@ that ``pick`` can return is compiled ahead of time for its architecture
 import contextlib
 import functools
 import itertools
+import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
+
+from molora.cache import cache_root
+from molora.errors import ConfigError
 
 
 class Config(NamedTuple):
@@ -277,16 +283,71 @@ def pick(
             table takes that of its family: AMD's ``gfx942``, NVIDIA's ``sm_100`` from
             there on in the same generation, otherwise ``sm_89``, which needs least.
         rank: Padded total rank of one tile, at most 256; of one expert for the
-            gather kernels and ``grouped_wgrad``.
+            gather and grouped kernels.
         tokens: Number of tokens T.
         wide: I or O, the wide dimension the kernel walks.
         itemsize: Bytes of one element of the inputs: 2 or 4.
     """
     if kernel in _FORCED:
         return _FORCED[kernel]
+    return _pick(kernel, arch, rank, tokens, wide, itemsize)
+
+
+@functools.lru_cache(4096)
+def _pick(
+    kernel: str, arch: str, rank: int, tokens: int, wide: int, itemsize: int
+) -> Config:
+    bucket = bucket_of(kernel, rank, tokens, wide, itemsize)
+    return measured(arch).get(bucket) or _config(kernel, table_of(arch), *bucket[1:])
+
+
+class Bucket(NamedTuple):
+    """Calls that share a configuration."""
+
+    kernel: str
+    rank: int
+    """One of ``RANKS``."""
+    tokens: int
+    """Place in ``TOKENS``."""
+    wide: int
+    """Place in ``WIDTHS``."""
+    itemsize: int
+
+
+def bucket_of(kernel: str, rank: int, tokens: int, wide: int, itemsize: int) -> Bucket:
+    """Bucket of a launch; arguments as in ``pick``."""
     row = RANKS[_bucket(RANKS[:-1], rank)]
-    buckets = _bucket(TOKENS, tokens), _bucket(WIDTHS, wide)
-    return _config(kernel, table_of(arch), row, *buckets, itemsize)
+    return Bucket(kernel, row, _bucket(TOKENS, tokens), _bucket(WIDTHS, wide), itemsize)
+
+
+def table_path(arch: str) -> Path:
+    """File of the measured table of an architecture: MOLORA_KERNEL_TABLE, or cached."""
+    given = os.environ.get("MOLORA_KERNEL_TABLE")
+    return Path(given) if given else cache_root() / "kernels" / f"{arch}.json"
+
+
+@functools.cache
+def measured(arch: str) -> dict[Bucket, Config]:
+    """What ``molora kernels tune`` found for an architecture; it goes before the table.
+
+    Raises:
+        ConfigError: The file is no such table, or one of another architecture.
+    """
+    path = table_path(arch)
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        found = {Bucket(*row["bucket"]): Config(*row["config"]) for row in raw["rows"]}
+        made_for = raw["arch"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: no table of kernel configurations ({error}); delete it, or make "
+            "it again with: molora kernels tune"
+        ) from None
+    if made_for != arch:
+        raise ConfigError(f"{path}: measured on {made_for}, and this device is {arch}")
+    return found
 
 
 def table_of(arch: str) -> str:
@@ -322,6 +383,14 @@ def _config(
     split = _SPLITS[kernel][tokens][wide] if kernel in _SPLITS else 1
     columns = _COLUMNS[tokens] if kernel == "expand_add" else 1
     return Config(BM, BN, warps, stages, split, columns)
+
+
+def experts_of(kernel: str, rank: int) -> tuple[int, int]:
+    """Experts, and rank of one, that make a tile of a padded rank."""
+    if kernel.startswith(("gather", "grouped")):
+        return 64, rank
+    r = 8 if rank <= 64 else 16
+    return rank // r, r
 
 
 def entries() -> Iterator[tuple[str, str, int, int, Config]]:

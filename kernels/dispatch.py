@@ -16,6 +16,9 @@ from molora.kernels.backends import BACKENDS, COMPILABLE
 from molora.kernels.cost_model import Shape, fastest
 from molora.kernels.torch_path import compute_dtype
 
+_REMEMBERED = 4096
+"""Choices kept."""
+
 _WORTH_CHOOSING = 3e7
 """Multiplications below which a call is too short for the choice to matter."""
 
@@ -84,10 +87,11 @@ def _choose(
     base: Tensor | None,
     top_k: int | None,
 ) -> str:
-    """Check a call and name its backend; remembered per sizes on a CPU.
+    """Check a call and name its backend; remembered per sizes.
 
     Decoding repeats one size, and looking at everything anew costs a quarter of a site.
     """
+    call = (x, A, Bt, gates, scale, base, top_k)
     is_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if is_cpu and backend == "auto":
         return _known_on_cpu(
@@ -104,15 +108,36 @@ def _choose(
             A.requires_grad or Bt.requires_grad,
             torch.get_num_threads(),
         )
-    _check(*(_size(tensor) for tensor in (x, A, Bt, gates, scale, base)))
-    return _pick(backend, x, A, Bt, gates, scale, base, top_k)
+    if x.is_cuda and not torch.compiler.is_compiling():
+        signs = [_sign(value) for value in call[:-1]]
+        key = (backend, top_k, torch.is_grad_enabled(), *signs)
+        name = _known_on_gpu.get(key)
+        if name is None:
+            _check(*(_size(value) for value in call[:-1]))
+            name = _pick(backend, *call)
+            if len(_known_on_gpu) >= _REMEMBERED:
+                _known_on_gpu.clear()
+            _known_on_gpu[key] = name
+        return name
+    _check(*(_size(value) for value in call[:-1]))
+    return _pick(backend, *call)
+
+
+_known_on_gpu: dict[tuple[object, ...], str] = {}
+
+
+def _sign(value: Tensor | float | None) -> object:
+    """What the choice of a backend may read of an argument."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device, value.requires_grad
+    return value is None
 
 
 def _size(value: Tensor | float | None) -> torch.Size | None:
     return value.shape if isinstance(value, Tensor) else None
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(_REMEMBERED)
 def _known_on_cpu(
     x: torch.Size,
     A: torch.Size,

@@ -28,6 +28,7 @@ from molora.kernels.configs import Config
 from molora.kernels.gradients import Gradients, Needs
 from molora.kernels.triton_dense_forward import expand, rank_tiles, routing
 from molora.kernels.triton_tiles import (
+    cdiv,
     configure,
     emit,
     gate_tile,
@@ -36,6 +37,7 @@ from molora.kernels.triton_tiles import (
     launch,
     project,
     rank_columns,
+    ready,
     scale_tile,
     tile,
     unit_stride,
@@ -273,10 +275,10 @@ def rank_gradients(
     config, cut, inside = rank_tiles("bwd_rank", dy, Bt, experts, any(shared))
     launch(
         bwd_rank,
-        (cut.chunks // inside, triton.cdiv(len(dy), config.BM)),
+        (cut.chunks // inside, cdiv(len(dy), config.BM)),
         {
             "dy": dy,
-            "bt": Bt.contiguous(),
+            "bt": ready(Bt, z),
             "gates": None if gates is None else gates.contiguous(),
             "scales": scales,
             "z": z,
@@ -324,7 +326,7 @@ def weight_gradients(products: list[Product], seed: int) -> None:
             shared.append((out, product.out))
         launch(
             wgrad,
-            (cut.chunks, triton.cdiv(wide, config.BN), config.split),
+            (cut.chunks, cdiv(wide, config.BN), config.split),
             {"wide_in": product.wide, "narrow": product.narrow, "out": out},
             config,
             T=len(product.wide),
@@ -353,7 +355,7 @@ def _sum(
     parts, out = first
     more_parts, more_out = more
     more_size = 0 if more_out is None else more_out.numel()
-    blocks = triton.cdiv(out.numel(), SUM.BN) + triton.cdiv(more_size, SUM.BN)
+    blocks = cdiv(out.numel(), SUM.BN) + cdiv(more_size, SUM.BN)
     launch(
         sum_parts,
         (blocks,),

@@ -26,6 +26,7 @@ from molora.kernels.configs import Config
 from molora.kernels.triton_tiles import (
     MAX_RANK,
     Tile,
+    cdiv,
     configure,
     emit,
     gate_tile,
@@ -35,6 +36,7 @@ from molora.kernels.triton_tiles import (
     project,
     put,
     rank_columns,
+    ready,
     scale_tile,
     tile,
     unit_stride,
@@ -201,10 +203,10 @@ def shrink(
     config, cut, inside = rank_tiles("shrink_gate", x, A, experts, any(shared))
     launch(
         shrink_gate,
-        (cut.chunks // inside, triton.cdiv(len(x), config.BM)),
+        (cut.chunks // inside, cdiv(len(x), config.BM)),
         {
             "x": x,
-            "a": A.contiguous(),
+            "a": ready(A, z),
             "gates": None if gates is None else gates.contiguous(),
             "scales": scales,
             "z": z,
@@ -246,8 +248,8 @@ def expand(
     step = config.BN * config.columns
     launch(
         expand_add,
-        (triton.cdiv(wide, step), triton.cdiv(len(y), config.BM)),
-        {"zg": zg, "b": factor.contiguous(), "base": base, "y": y},
+        (cdiv(wide, step), cdiv(len(y), config.BM)),
+        {"zg": zg, "b": ready(factor, zg), "base": base, "y": y},
         config,
         T=len(y),
         wide=wide,

@@ -24,7 +24,13 @@ from torch import Tensor
 
 from molora.kernels import triton_dense
 from molora.kernels.configs import pick
-from molora.kernels.triton_tiles import arch_of, launch, unit_stride
+from molora.kernels.triton_tiles import (
+    arch_of,
+    cdiv,
+    launch,
+    power_of_2,
+    unit_stride,
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -184,11 +190,11 @@ def forward(
         None if base is None else unit_stride(base),
     )
     tokens, r = len(x), A.shape[1]
-    RP = triton.next_power_of_2(r)
+    RP = power_of_2(r)
     common = {
         "pairs": tokens * top_k,
         "E": gates.shape[1],
-        "EP": triton.next_power_of_2(gates.shape[1]),
+        "EP": power_of_2(gates.shape[1]),
         "K": top_k,
         "r": r,
         "RP": RP,
@@ -219,7 +225,7 @@ def forward(
     per_expert = scale if isinstance(scale, Tensor) else None
     launch(
         gather_expand,
-        (tokens, triton.cdiv(Bt.shape[2], config.BN)),
+        (tokens, cdiv(Bt.shape[2], config.BN)),
         {
             "z": z,
             "b": Bt.contiguous(),

@@ -1,31 +1,32 @@
 """Grouped low-rank matmul in Triton for a total rank that is too long to concatenate.
 
-The work follows the experts that tiles of tokens use and not E:
+The work follows the K experts that a token uses and not E. For each slot (the k-th
+expert of a token) the tokens are sorted by expert, so a tile of them has one expert:
 
-    route      order of the tokens, experts of each tile, pairs by expert
-    forward    z = A x by tiles, then y = base + gated z Bt by tiles
-    backward   dz and dgates by tiles, dx by tiles, dA and dBt by experts
+    route      order of the tokens for every slot
+    forward    z = A x of all slots, then y = base + gated z Bt slot by slot
+    backward   dz and dgates of all slots, dx slot by slot, dA and dBt by experts
 
-x and y are touched once each, as in the concatenated form; only the gradients of the
-factors read a row once per expert that uses it. Everything happens on the device, on a
-grid that depends on shapes only; no atomics, so results are the same every time.
+x is read once per slot; the slots of y are K launches that add their updates in one
+buffer of its size, and the last adds base: no atomics, nothing of size [T, K, O], and
+the same sum every time. Everything happens on the device, on a grid that depends on
+shapes only.
 
-Limitations: with routing at random a tile of 64 of 8192 tokens uses 17 of 64 experts
-for K = 2, 43 for K = 4 and 54 for K = 8, because tokens can be ordered by two of their
-experts and not by all. For large K and r, multiplications outweigh what x and y save.
+Limitations: traffic grows with K; for K near E the concatenated form is faster. The
+gradient of a factor is one program per expert and column tile, which all the tokens of
+a much used expert share.
 
 A gate of zero means that the token does not use the expert, and its gradient is zero,
 as top-k routing has it.
 
 Shape legend
     T tokens   E experts   I in features   O out features   r rank of one expert
-    K experts per token, at most   L experts per tile, at most
+    K experts per token, at most
 """
 
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from molora.kernels import triton_dense
@@ -37,66 +38,57 @@ from molora.kernels.triton_grouped_kernels import (
     grouped_wgrad,
 )
 from molora.kernels.triton_route import Route, route
-from molora.kernels.triton_tiles import arch_of, launch, unit_stride
+from molora.kernels.triton_tiles import (
+    arch_of,
+    cdiv,
+    launch,
+    power_of_2,
+    ready,
+    unit_stride,
+)
 
-CHUNK = 128
-"""Rank columns of one chunk of experts, unless one expert alone has more."""
 
-
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What all launches of a call share."""
 
     gates: Tensor
     scale: float
     scales: Tensor | None
     route: Route
-    sizes: dict[str, int]
-    """Compile-time sizes of rank space."""
-    BM: int
-    """Tokens in a tile."""
+    top_k: int
 
     @classmethod
-    def of(
-        cls, x: Tensor, A: Tensor, gates: Tensor, scale: float | Tensor, top_k: int
-    ) -> "_Call":
-        r, experts = A.shape[1], gates.shape[1]
-        RP = triton.next_power_of_2(r)
-        held = min(triton.next_power_of_2(experts), max(1, CHUNK // RP))
-        # a matrix instruction needs 16 columns
-        RP = max(RP, 16 // held)
-        BM = _config("grouped_shrink", x, held * RP).BM
-        sizes = {"E": experts, "K": top_k, "L": min(experts, BM * top_k)}
-        sizes |= {"r": r, "EC": held, "RP": RP}
+    def of(cls, gates: Tensor, scale: float | Tensor, top_k: int) -> "Call":
+        """Arrange the tokens."""
         number, scales = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
         if scales is not None:
             scales = scales.float().contiguous()
-        arranged = route(gates, top_k, BM)
-        return cls(gates.contiguous(), number, scales, arranged, sizes, BM)
+        gates = gates.contiguous()
+        return cls(gates, number, scales, route(gates, top_k), top_k)
 
-    @property
-    def by_tiles(self) -> dict[str, Tensor | None]:
-        """Tensors that a kernel reads to find the experts of a tile."""
+    def tensors(self, is_gated: bool) -> dict[str, Tensor | None]:
+        """Order of the tokens; gates and scales, or None where they do not apply."""
         return {
-            "order": self.route.order_T,
-            "lists": self.route.lists_NL,
-            "counts": self.route.counts_N,
-            "slots": self.route.slots_TE,
+            "order": self.route.order_P,
+            "offsets": self.route.offsets,
+            "gates": self.gates if is_gated else None,
+            "scales": self.scales if is_gated else None,
         }
 
-    def weights(self, wanted: bool) -> dict[str, Tensor | None]:
-        """Gates and scales, or None where a kernel does not apply them."""
-        if not wanted:
-            return {"gates": None, "scales": None}
-        return {"gates": self.gates, "scales": self.scales}
+    def tiles(self, BM: int) -> int:
+        """Tiles that one slot has, at most."""
+        tokens, experts = self.gates.shape
+        return tokens // BM + min(tokens, experts + 1)
 
 
-def _config(kernel: str, wide: Tensor, rank: int) -> Config:
-    arch = arch_of(wide.device)
-    return pick(kernel, arch, rank, len(wide), wide.shape[1], wide.element_size())
+def _config(kernel: str, wide: Tensor, r: int) -> Config:
+    # one expert at a time, and a matrix instruction needs 16 columns
+    columns, arch = max(16, power_of_2(r)), arch_of(wide.device)
+    return pick(kernel, arch, columns, *wide.shape, wide.element_size())
 
 
-def _shrink(
-    call: _Call,
+def shrink(
+    call: Call,
     wide_in: Tensor,
     factor: Tensor,
     out: Tensor,
@@ -106,33 +98,37 @@ def _shrink(
     dgates: Tensor | None = None,
 ) -> None:
     """Fill compact out with the product; with z given, with dz, and dgates."""
-    sizes = call.sizes
-    config = _config("grouped_shrink", wide_in, sizes["EC"] * sizes["RP"])
+    r, experts = factor.shape[1], call.gates.shape[1]
+    config = _config("grouped_shrink", wide_in, r)
     tensors: dict[str, Tensor | None]
-    tensors = {"wide_in": wide_in, "factor": factor.contiguous(), "out": out}
-    tensors |= call.by_tiles | call.weights(z is not None)
+    tensors = {"wide_in": wide_in, "factor": ready(factor, out), "out": out, "z": z}
     launch(
         grouped_shrink,
-        (triton.cdiv(sizes["L"], sizes["EC"]), triton.cdiv(len(wide_in), call.BM)),
-        tensors | {"z": z, "dgates": dgates},
+        (call.top_k * call.tiles(config.BM),),
+        tensors | call.tensors(z is not None) | {"dgates": dgates},
         config,
-        T=len(wide_in),
+        T=wide_in.shape[0],
+        blocks=call.route.blocks,
         wide=wide_in.shape[1],
         stride=wide_in.stride(0),
         scale=call.scale,
         seed=seed,
         p=dropout,
+        E=experts,
+        K=call.top_k,
+        GP=power_of_2(call.top_k * (experts + 1)),
+        r=r,
+        RP=max(16, power_of_2(r)),
         SHARED=factor.shape[0] == 1,
         EVEN=wide_in.shape[1] % config.BN == 0,
         DROP=dropout > 0,
-        BM=call.BM,
+        BM=config.BM,
         BN=config.BN,
-        **sizes,
     )
 
 
-def _expand(
-    call: _Call,
+def expand(
+    call: Call,
     z: Tensor,
     factor: Tensor,
     base: Tensor | None,
@@ -142,31 +138,47 @@ def _expand(
     seed: int = 0,
 ) -> None:
     """Fill y with base plus the product of z, gated or not, and the factor."""
-    sizes = call.sizes
-    config = _config("grouped_expand", y, sizes["EC"] * sizes["RP"])
-    tensors = {"z": z, "factor": factor.contiguous(), "base": base, "y": y}
-    launch(
-        grouped_expand,
-        (triton.cdiv(y.shape[1], config.BN), triton.cdiv(len(y), call.BM)),
-        tensors | call.by_tiles | call.weights(is_gated),
-        config,
-        T=len(y),
-        wide=y.shape[1],
-        stride=0 if base is None else base.stride(0),
-        scale=call.scale,
-        seed=seed,
-        p=dropout,
-        SHARED=factor.shape[0] == 1,
-        EVEN=y.shape[1] % config.BN == 0,
-        DROP=dropout > 0,
-        BM=call.BM,
-        BN=config.BN,
-        **sizes,
-    )
+    r, experts = factor.shape[1], call.gates.shape[1]
+    config = _config("grouped_expand", y, r)
+    factor = ready(factor, z)
+    # the sum of the updates of all slots but the first
+    update = torch.empty_like(y) if call.top_k > 1 else None
+    for slot in reversed(range(call.top_k)):
+        tensors: dict[str, Tensor | None] = {
+            "z": z,
+            "factor": factor,
+            "base": base if slot == 0 else None,
+            "more": None if slot == call.top_k - 1 else update,
+            "y": y if slot == 0 else update,
+        }
+        launch(
+            grouped_expand,
+            (cdiv(y.shape[1], config.BN), call.tiles(config.BM)),
+            tensors | call.tensors(is_gated),
+            config,
+            T=y.shape[0],
+            blocks=call.route.blocks,
+            slot=slot,
+            wide=y.shape[1],
+            stride=0 if base is None else base.stride(0),
+            scale=call.scale,
+            seed=seed,
+            p=dropout,
+            E=experts,
+            K=call.top_k,
+            GP=power_of_2(experts + 1),
+            r=r,
+            RP=max(16, power_of_2(r)),
+            SHARED=factor.shape[0] == 1,
+            EVEN=y.shape[1] % config.BN == 0,
+            DROP=dropout > 0,
+            BM=config.BM,
+            BN=config.BN,
+        )
 
 
-def _wgrad(
-    call: _Call,
+def wgrad(
+    call: Call,
     z: Tensor,
     wide_in: Tensor,
     factor: Tensor,
@@ -175,28 +187,26 @@ def _wgrad(
     seed: int = 0,
 ) -> Tensor:
     """Gradient of a factor from compact z and a wide matrix."""
-    shared = factor.shape[0] == 1
-    shape = call.sizes["E"], *factor.shape[1:]
+    shared, experts = factor.shape[0] == 1, call.gates.shape[1]
+    shape = experts, *factor.shape[1:]
     out = z.new_empty(shape, dtype=torch.float32 if shared else factor.dtype)
-    # one expert at a time, and a matrix instruction needs 16 columns
-    columns = max(16, triton.next_power_of_2(factor.shape[1]))
-    config = _config("grouped_wgrad", wide_in, columns)
+    config = _config("grouped_wgrad", wide_in, factor.shape[1])
     tensors: dict[str, Tensor | None] = {"z": z, "wide_in": wide_in, "out": out}
-    tensors |= {"pairs": call.route.pairs_P, "starts": call.route.starts_E}
     launch(
         grouped_wgrad,
-        (triton.cdiv(wide_in.shape[1], config.BN), shape[0]),
-        tensors | call.weights(is_gated),
+        (cdiv(wide_in.shape[1], config.BN), experts),
+        tensors | call.tensors(is_gated),
         config,
+        blocks=call.route.blocks,
         wide=wide_in.shape[1],
         stride=wide_in.stride(0),
         scale=call.scale,
         seed=seed,
         p=dropout,
-        E=shape[0],
-        K=call.sizes["K"],
-        r=shape[1],
-        RP=columns,
+        E=experts,
+        K=call.top_k,
+        r=factor.shape[1],
+        RP=max(16, power_of_2(factor.shape[1])),
         EVEN=wide_in.shape[1] % config.BN == 0,
         DROP=dropout > 0,
         BM=config.BM,
@@ -259,9 +269,9 @@ def forward(
     y = x.new_empty(len(x), Bt.shape[2], dtype=(x if base is None else base).dtype)
     z = x.new_empty(len(x), top_k, A.shape[1])
     if len(x):
-        call = _Call.of(x, A, gates, scale, top_k)
-        _shrink(call, x, A, z, dropout, seed)
-        _expand(call, z, Bt, base, y, is_gated=True)
+        call = Call.of(gates, scale, top_k)
+        shrink(call, x, A, z, dropout, seed)
+        expand(call, z, Bt, base, y, is_gated=True)
     return y, z
 
 
@@ -305,18 +315,18 @@ def backward(
         return _empty(x, A, Bt, gates, needs)
     dx = dA = dBt = dgates = None
     x, dy = unit_stride(x), unit_stride(dy)
-    call = _Call.of(x, A, gates, scale, top_k)
+    call = Call.of(gates, scale, top_k)
     if needs.Bt:
-        dBt = _wgrad(call, z, dy, Bt, is_gated=True)
+        dBt = wgrad(call, z, dy, Bt, is_gated=True)
     if needs.x or needs.A or needs.gates:
         dz = torch.empty_like(z)
         dgates = torch.zeros_like(call.gates) if needs.gates else None
-        _shrink(call, dy, Bt, dz, z=z, dgates=dgates)
+        shrink(call, dy, Bt, dz, z=z, dgates=dgates)
         if needs.x:
             dx = x.new_empty(x.shape)
-            _expand(call, dz, A, None, dx, False, dropout, seed)
+            expand(call, dz, A, None, dx, False, dropout, seed)
         if needs.A:
-            dA = _wgrad(call, dz, x, A, False, dropout, seed)
+            dA = wgrad(call, dz, x, A, False, dropout, seed)
     return Gradients(dx, dA, dBt, dgates)
 
 

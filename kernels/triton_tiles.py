@@ -8,7 +8,7 @@ Shape legend
     T tokens   E experts   r rank of one expert   BM rows of a tile
 """
 
-import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,10 @@ MAX_RANK = 256
 """Rank columns that one tile holds, and so the longest rank of one expert."""
 
 
+CAST_TOKENS = 512
+"""Tokens from which casting a factor once beats casting it in every program."""
+
+
 class Tile(NamedTuple):
     """A tile of rank space: EC experts of RP columns, and how many tiles there are."""
 
@@ -31,6 +35,18 @@ class Tile(NamedTuple):
     chunks: int
 
 
+# triton's own helpers of these names cost microseconds, which a launch feels
+def cdiv(a: int, b: int) -> int:
+    """Quotient, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """Least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
 def tile(experts: int, r: int, limit: int = MAX_RANK, least: int = 1) -> Tile:
     """Cut experts into tiles of at most limit columns, padded to powers of two.
 
@@ -43,11 +59,12 @@ def tile(experts: int, r: int, limit: int = MAX_RANK, least: int = 1) -> Tile:
     Returns:
         The tile; it has at least the 16 columns that a matrix instruction needs.
     """
-    columns = max(triton.next_power_of_2(r), least)
-    held = min(triton.next_power_of_2(experts), max(1, max(limit, 16) // columns))
-    return Tile(held, max(columns, 16 // held), triton.cdiv(experts, held))
+    columns = max(power_of_2(r), least)
+    held = min(power_of_2(experts), max(1, max(limit, 16) // columns))
+    return Tile(held, max(columns, 16 // held), cdiv(experts, held))
 
 
+@functools.cache
 def arch_of(device: torch.device) -> str:
     """Architecture of a device in the words of the table of configurations."""
     if device.type != "cuda":
@@ -73,16 +90,14 @@ def launch(
     **settings: Any,
 ) -> None:
     """Launch a kernel on the device of its tensors."""
+    options = {"num_warps": config.warps, "num_stages": config.stages}
     device = next(t.device for t in tensors.values() if t is not None)
-    # triton launches on the current device, not on that of the tensors
-    cuda = device.type == "cuda"
-    with torch.cuda.device(device) if cuda else contextlib.nullcontext():
-        kernel[grid](
-            **tensors,
-            **settings,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # triton launches on the current device, not on that of the tensors
+        with torch.cuda.device(device):
+            kernel[grid](**tensors, **settings, **options)
+    else:
+        kernel[grid](**tensors, **settings, **options)
 
 
 def configure(kernel: str, wide_in: Tensor, cut: Tile) -> Config:
@@ -95,6 +110,17 @@ def configure(kernel: str, wide_in: Tensor, cut: Tile) -> Config:
 def unit_stride(x: Tensor) -> Tensor:
     """Rows that are contiguous in themselves, at any distance of each other."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def ready(factor: Tensor, narrow: Tensor) -> Tensor:
+    """A contiguous factor, in the dtype of rank space where many tokens share the cast.
+
+    Every program of a kernel reads the whole factor, from the second-level cache: half
+    the bytes, and no conversion on the way to the matrix units.
+    """
+    if factor.dtype != narrow.dtype and len(narrow) >= CAST_TOKENS:
+        factor = factor.to(narrow.dtype)
+    return factor.contiguous()
 
 
 @triton.jit  # type: ignore[untyped-decorator]

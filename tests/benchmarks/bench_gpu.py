@@ -4,7 +4,8 @@
 
 Contenders: the base linear alone, PEFT LoRA of rank r, the torch form, a sorted form
 with ``F.grouped_mm``, and the Triton backends; forward and backward for training sizes,
-forward for one token, there also replayed from a CUDA graph. ``roofline`` is the time
+forward for few tokens; each also replayed from a CUDA graph, which leaves out the time
+of the host. ``roofline`` is the time
 that the bytes of the update must take at the datasheet's bandwidth, over the time the
 update took. ``--tiny`` runs every part on small sizes, without a GPU in Triton's
 interpreter: that shows that the script works, and its times mean nothing.
@@ -51,8 +52,11 @@ SIZES = [
     Size(8192, 4096, 4096, 8, 16, 2),
     Size(8192, 4096, 14336, 8, 16, 2),
     Size(8192, 14336, 4096, 8, 16, 2),
+    Size(2048, 4096, 4096, 8, 16, 2),
     Size(2048, 4096, 4096, 64, 16, 2),
+    Size(8192, 4096, 4096, 32, 16, 2),
     Size(8192, 4096, 4096, 128, 16, 2),
+    Size(8192, 4096, 4096, 64, 16, 6),
     Size(1, 4096, 4096, 8, 16, 2),
     Size(1, 4096, 4096, 256, 16, 2),
     Size(16, 4096, 4096, 64, 16, 2),
@@ -80,6 +84,7 @@ class Problem:
         self.lora = PeftLinear(
             self.base, "default", config=config, r=size.r, lora_alpha=2 * size.r
         ).to(device)
+        self.leaves = [self.x, self.A, self.Bt, self.gates, *self.lora.parameters()]
 
     def contenders(self, trains: bool) -> dict[str, Callable[[Tensor], Tensor]]:
         """Functions of x by name; a backend that declines the call is left out."""
@@ -138,7 +143,7 @@ class Problem:
                 function(self.x)
             return
         function(self.x).backward(self.dy)
-        for leaf in (self.x, self.A, self.Bt, self.gates, *self.lora.parameters()):
+        for leaf in self.leaves:
             leaf.grad = None
 
 
@@ -186,7 +191,7 @@ def measure(
         action()
         actions[name] = action
         # the sorted recipe is captured too: histc and argsort stay on the device
-        if not trains and device == "cuda":
+        if device == "cuda":
             actions[f"{name}, graph"] = graphed(action)
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from molora.kernels import triton_grouped
-from molora.kernels.configs import RANKS, pick
 from molora.kernels.gradients import Needs
 from molora.kernels.triton_route import route
 from tests.kernels.routed import (
@@ -137,17 +138,19 @@ def test_only_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     call = make(20, 24, 20, 6, 4, 2)
     x, _, *routed = call
     z = triton_grouped.forward(*call)[1]
-    assert launches == ["grouped_shrink", "grouped_expand"]
+    routed_by = ["route_count", "route_place"]
+    assert launches == [*routed_by, "grouped_shrink", *["grouped_expand"] * 2]
     dy = torch.randn(20, 20)
     wanted = expected(call, dy)[1:]
     launches.clear()
     run(call, dy)
-    assert len(launches) - 2 == 4
+    # result: 5; then routing, two weight gradients, ranks, and x in two slots
+    assert len(launches) - 5 == 7
     for index in range(4):
         needs = Needs(*(index == other for other in range(4)))
         launches.clear()
         found = triton_grouped.backward(dy, x, z, *routed, 0.0, 0, needs)
-        assert len(launches) == (2 if index < 2 else 1)
+        assert len(launches) == 2 + [3, 2, 1, 1][index]
         assert [value is not None for value in found] == [*needs]
         assert error(found[index], wanted[index]) < 1e-5  # type: ignore[arg-type]
 
@@ -162,35 +165,38 @@ def test_route_of_a_small_example() -> None:
             [0.1, 0.0, 0.9, 0.0],
         ]
     )
-    found = route(gates, top_k=2, BM=2)
-    # by first expert, then second: {0, 1}, {0, 2}, {0}, {2, 3}, {}
-    assert found.order_T.tolist() == [3, 4, 1, 0, 2]
-    assert found.counts_N.tolist() == [3, 3, 0]
-    assert found.lists_NL[0, :3].tolist() == [0, 1, 2]
-    assert found.lists_NL[1, :3].tolist() == [0, 2, 3]
-    # token 3 has three experts and K = 2: the third is left out
-    assert found.slots_TE[3].tolist() == [0, 1, -1, -1]
-    assert found.slots_TE[0].tolist() == [-1, -1, 0, 1]
-    assert found.starts_E.tolist() == [0, 3, 4, 6, 7]
-    assert found.pairs_P[:7].tolist() == [2, 6, 8, 7, 0, 9, 1]
+    found = route(gates, top_k=2)
+    # slot 0: experts 0, 2 and none; slot 1: experts 1, 2, 3 and none. Token 3 has three
+    # experts and K = 2: the third is left out
+    assert found.order_P.tolist() == [1, 3, 4, 0, 2, 3, 4, 0, 1, 2]
+    starts = found.offsets[:: found.blocks]
+    assert starts.tolist() == [0, 3, 3, 4, 4, 5, 5, 6, 7, 8, 10]
+
+
+@given(st.integers(1, 90), st.integers(1, 20), st.integers(0, 2**31))
+@settings(max_examples=15, deadline=None)
+def test_route_sorts_every_slot(T: int, E: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    gates = torch.rand(T, E, generator=g)
+    gates *= torch.rand(T, E, generator=g) < 0.5
+    K = min(E, 3)
+    found = route(gates, K)
+    starts = found.offsets[:: found.blocks].tolist()
+    for slot in range(K):
+        groups: list[list[int]] = [[] for _ in range(E + 1)]
+        for token, row in enumerate(gates.tolist()):
+            used = [e for e in range(E) if row[e]]
+            groups[used[slot] if slot < len(used) else E].append(token)
+        for expert, tokens in enumerate(groups):
+            group = slot * (E + 1) + expert
+            assert found.order_P[starts[group] : starts[group + 1]].tolist() == tokens
 
 
 def test_shapes_of_the_route_do_not_depend_on_the_gates() -> None:
     sparse, full = torch.zeros(70, 9), torch.ones(70, 9)
-    shapes = [[t.shape for t in route(gates, 3, 16)] for gates in (sparse, full)]
+    found = [route(gates, 3) for gates in (sparse, full)]
+    shapes = [(r.order_P.shape, r.offsets.shape, r.blocks) for r in found]
     assert shapes[0] == shapes[1]
-
-
-def test_tiles_of_both_kernels_hold_the_same_tokens() -> None:
-    for rank in RANKS:
-        for size in (2, 4):
-            shapes = [("sm_90", rank, tokens, 64, size) for tokens in (1, 9999)]
-            found = {
-                pick(kernel, *shape).BM
-                for kernel in ("grouped_shrink", "grouped_expand")
-                for shape in shapes
-            }
-            assert len(found) == 1
 
 
 def test_reasons() -> None:

@@ -24,7 +24,7 @@ from molora.kernels import (
     triton_gather,
     triton_grouped,
 )
-from molora.kernels.configs import ARCHES, Config, experts_of, forced, pick
+from molora.kernels.configs import ARCHES, TOKENS, Entry, experts_of, forced, pick
 from molora.kernels.gradients import Needs
 from molora.kernels.machine_code import TARGETS, Numbers, read
 from molora.kernels.triton_traffic import Traffic, traffic
@@ -78,12 +78,12 @@ def recorded(arch: str, only: str | None) -> Iterator[list[Launch]]:
         yield launches
 
 
-def compiled(
-    kernel: str, arch: str, rank: int, itemsize: int, config: Config
-) -> Numbers:
+def compiled(entry: Entry) -> Numbers:
     """Compile one configuration of one kernel and read its machine code."""
+    kernel, arch, rank, itemsize, is_cast, config = entry
+    tokens = TOKENS[1] + is_cast
     with forced(kernel, config), recorded(arch, kernel) as made:
-        call(kernel, rank, itemsize)
+        call(kernel, rank, itemsize, tokens)
     return read(next(launch.compiled for launch in made if launch.name == kernel))
 
 
@@ -95,13 +95,12 @@ def launches(kernel: str) -> int:
     return len(made) - (launches(forward[kernel]) if kernel in forward else 0)
 
 
-def traffic_of(
-    kernel: str, arch: str, rank: int, itemsize: int, config: Config
-) -> Traffic | None:
+def traffic_of(entry: Entry) -> Traffic | None:
     """Bytes that one launch of a dense kernel moves, and the least it could.
 
     Counted for 8192 tokens of 4096 features; None if those have another configuration.
     """
+    kernel, arch, rank, itemsize, _, config = entry
     used = pick(kernel, arch, rank, 8192, 4096, itemsize)
     if used._replace(split=1) != config:
         return None
@@ -136,7 +135,7 @@ def call(
     routed = (factor, factor, gates, 2.0)
     if kernel.startswith("gather"):
         triton_gather.forward(x, x, *routed, 2)
-    elif kernel.startswith("grouped"):
+    elif kernel.startswith(("grouped", "route")):
         z = triton_grouped.forward(x, x, *routed, 2)[1]
         if kernel == "grouped_wgrad":
             triton_grouped.backward(x, x, z, *routed, 2, 0.0, 0, Needs(*[True] * 4))

@@ -4,16 +4,27 @@ In eager mode an autograd function calls the backend directly, because an operat
 ``torch.library`` costs tens of microseconds per call, which decoding feels. Under
 ``torch.compile`` the operator ``molora::lowrank_mixture`` keeps the backend whole.
 
+Where the frozen layer itself is given, x reaches it through ``_Input`` and its output
+becomes y in ``_Update``, so backward runs ``_Update``, the layer, ``_Input``:
+
+    _Update    keeps dy, and hands it on as the gradient of the layer's output
+    layer      its own backward, whatever it is (quantised, sharded)
+    _Input     all gradients of the update, that of x added onto the layer's
+
+which writes the gradient of x once, instead of twice and a sum.
+
 Shape legend
     T tokens   E experts   I in features   O out features   R ranks together
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from molora.errors import ConfigError
 from molora.kernels.backends import BACKENDS
 from molora.kernels.gradients import Needs
 from molora.kernels.torch_path import dtype_of
@@ -50,6 +61,104 @@ def run(
     # an autograd function costs more than the products of one token
     path = BACKENDS[options.backend].load()
     return path.forward(x, base, A, Bt, gates, scale, *options[1:])[0]
+
+
+class _Link:
+    """What passes between the two ends of one layer."""
+
+    dy: Tensor | None = None
+    z: Tensor | None = None
+
+
+def run_around(
+    x: Tensor,
+    layer: Callable[[Tensor], Tensor],
+    A: Tensor,
+    Bt: Tensor,
+    gates: Tensor | None,
+    scale: float | Tensor,
+    options: Options,
+) -> Tensor:
+    """Compute in eager mode with gradients, around the frozen layer.
+
+    Returns:
+        [T, O] in the dtype of the layer's output.
+
+    Raises:
+        ConfigError: The layer's output has another shape.
+    """
+    link = _Link()
+    reached: Tensor = _Input.apply(x, A, Bt, gates, scale, options, link)  # type: ignore[no-untyped-call]
+    base = layer(reached)
+    if base.shape != (x.shape[0], Bt.shape[2]):
+        raise ConfigError(
+            f"lowrank_mixture: the layer makes {tuple(base.shape)} of x "
+            f"{tuple(x.shape)}; with Bt {tuple(Bt.shape)} it must be "
+            f"{(x.shape[0], Bt.shape[2])}"
+        )
+    # what is computed in float32 stays so; the layer has made its own choice
+    with torch.autocast(x.device.type, enabled=False):
+        if not base.requires_grad:
+            # nothing would come back to the other end
+            return run(x, base, A, Bt, gates, scale, options)
+        y: Tensor = _Update.apply(base, (x, A, Bt, gates, scale), options, link)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Input(torch.autograd.Function):
+    """Where x enters the frozen layer; backward has all gradients of the update."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        Bt: Tensor,
+        gates: Tensor | None,
+        scale: float | Tensor,
+        options: Options,
+        link: _Link,
+    ) -> Tensor:
+        ctx.scale, ctx.options, ctx.link = scale, options, link
+        ctx.save_for_backward(x, A, Bt, gates)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        link, needs = ctx.link, Needs(*ctx.needs_input_grad[:4])
+        dy, z, link.dy, link.z = link.dy, link.z, None, None
+        if dy is None:
+            # only the layer's own output was differentiated
+            return dx, *[None] * 6
+        x, A, Bt, gates = ctx.saved_tensors
+        path = BACKENDS[ctx.options.backend].load()
+        top_k, dropout, seed = ctx.options[1:]
+        grads = path.backward(
+            dy, x, z, A, Bt, gates, ctx.scale, top_k, dropout, seed, needs, dx
+        )
+        return *grads, *[None] * 3
+
+
+class _Update(torch.autograd.Function):
+    """Where the update joins the output of the frozen layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, base: Tensor, call: tuple[Any, ...], options: Options, link: _Link
+    ) -> Tensor:
+        x, *others = call
+        path = BACKENDS[options.backend].load()
+        y, z = path.forward(x, base, *others, *options[1:])
+        ctx.link = link
+        ctx.save_for_backward(z)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.link.dy, (ctx.link.z,) = dy, ctx.saved_tensors
+        return dy, None, None, None
 
 
 class _Mixture(torch.autograd.Function):

@@ -52,8 +52,9 @@ class Path(Protocol):
         dropout: float,
         seed: int,
         needs: Needs,
+        onto: Tensor | None = None,
     ) -> Gradients:
-        """Gradients that are needed."""
+        """Gradients that are needed; that of x plus onto, which is not changed."""
 
 
 class Backend(NamedTuple):
@@ -68,6 +69,10 @@ class Backend(NamedTuple):
         """Import the module."""
         return _load(self.module)
 
+    def is_installed(self) -> bool:
+        """Whether the package that the module needs is there."""
+        return self.needs is None or _is_installed(self.needs)
+
     def why_not(
         self,
         x: Tensor,
@@ -79,7 +84,7 @@ class Backend(NamedTuple):
         top_k: int | None,
     ) -> list[str]:
         """Every reason against a call, a missing package among them."""
-        if self.needs is not None and not _is_installed(self.needs):
+        if not self.is_installed():
             return [f"the package {self.needs} is not installed"]
         return self.load().why_not(x, A, Bt, gates, scale, base, top_k)
 

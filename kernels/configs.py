@@ -105,8 +105,8 @@ _AMPERE: _Tiles = {
         (64, 64, 8, 2),
     ),
     "grouped_wgrad": (
-        (64, 128, 4, 3),
-        (64, 128, 4, 3),
+        (64, 128, 8, 3),
+        (64, 128, 8, 3),
         (64, 128, 8, 3),
         (64, 128, 8, 3),
         (64, 64, 8, 2),
@@ -245,6 +245,36 @@ _CDNA: _Tiles = {
     **_GATHER,
 }
 
+# fastest of the candidates of molora.kernels.tune on an H100, for 4096 features:
+# kernel -> rank bucket -> configurations for 129 to 2048 tokens, and for more
+_H100: dict[str, dict[int, tuple[Config, Config]]] = {
+    "shrink_gate": {
+        64: (Config(64, 64, 8, 4, 2), Config(64, 128, 4, 4)),
+        128: (Config(64, 64, 8, 4, 2), Config(64, 128, 8, 4)),
+        256: (Config(64, 32, 8, 4, 2), Config(64, 64, 4, 4)),
+    },
+    "bwd_rank": {
+        64: (Config(64, 64, 4, 4, 2), Config(64, 128, 4, 4)),
+        128: (Config(64, 64, 8, 4, 2), Config(64, 128, 8, 4)),
+        256: (Config(64, 64, 8, 4, 2), Config(64, 64, 8, 4)),
+    },
+    "expand_add": {
+        64: (Config(64, 64, 4, 3, columns=4), Config(64, 128, 8, 4)),
+        128: (Config(64, 64, 4, 2, columns=4), Config(128, 64, 8, 4, columns=8)),
+        256: (Config(64, 64, 4, 2, columns=8), Config(64, 64, 4, 2, columns=4)),
+    },
+    "wgrad": {
+        64: (Config(64, 64, 4, 4, 2), Config(128, 64, 4, 4, 2)),
+        128: (Config(128, 64, 4, 3, 2), Config(128, 64, 4, 4, 2)),
+        256: (Config(64, 64, 4, 4, 2), Config(64, 64, 4, 4, 2)),
+    },
+    "grouped_shrink": {16: (Config(64, 128, 4, 4), Config(64, 128, 4, 3))},
+    "grouped_expand": {16: (Config(32, 256, 4, 4), Config(32, 256, 4, 3))},
+    "grouped_wgrad": {16: (Config(32, 256, 4, 2), Config(32, 128, 4, 2))},
+}
+
+_MEASURED = {"sm_90": _H100}
+
 _TABLES: dict[str, _Tiles] = {
     "sm_80": _AMPERE,
     "sm_89": _ADA,
@@ -257,6 +287,7 @@ KERNELS = tuple(_AMPERE)
 """Kernels that have a table."""
 
 _PER_TOKEN = ("shrink_gate", "expand_add", "bwd_rank")
+_WITH_FACTOR = (*_PER_TOKEN, "grouped_shrink", "grouped_expand")
 
 # kernel -> token bucket -> width bucket -> programs per reduction
 _SPLITS: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -368,6 +399,9 @@ def _config(
     kernel: str, arch: str, row: int, tokens: int, wide: int, itemsize: int
 ) -> Config:
     """Configuration of one set of buckets."""
+    timed = _MEASURED.get(arch, {}).get(kernel, {}).get(row)
+    if timed and itemsize == 2 and tokens >= 2:
+        return timed[tokens - 2]
     BM, BN, warps, stages = _TABLES[arch][kernel][RANKS.index(row)]
     if itemsize == 4 and BM > 1:
         # products of float32 run on the ordinary units, whose operands sit in registers
@@ -393,19 +427,47 @@ def experts_of(kernel: str, rank: int) -> tuple[int, int]:
     return rank // r, r
 
 
-def entries() -> Iterator[tuple[str, str, int, int, Config]]:
-    """Every distinct (kernel, arch, rank, itemsize, configuration) that ``pick`` gives.
+class Entry(NamedTuple):
+    """A configuration that ``pick`` gives, and what it is compiled for."""
+
+    kernel: str
+    arch: str
+    rank: int
+    itemsize: int
+    is_cast: bool
+    """Whether 32-bit factors are cast to the 16 bits of the inputs, see ``casts``."""
+    config: Config
+
+    @property
+    def key(self) -> str:
+        """Name in the table of compiled kernels."""
+        c = self.config
+        return (
+            f"{self.kernel} {self.arch} rank {self.rank} {8 * self.itemsize}-bit "
+            f"{c.BM}x{c.BN} warps {c.warps} stages {c.stages} columns {c.columns}"
+            f"{' cast' if self.is_cast else ''}"
+        )
+
+
+def casts(tokens: int) -> bool:
+    """Whether casting a factor once beats casting it in every program."""
+    return tokens > TOKENS[1]
+
+
+def entries() -> Iterator[Entry]:
+    """Every distinct entry.
 
     Ranks that share a tile count once, as the largest of them; so do splits, which
-    change the grid and not the program.
+    change the grid, and make a tile no larger.
     """
     for kernel, arch, itemsize in itertools.product(KERNELS, ARCHES, (2, 4)):
-        ranks: dict[Config, int] = {}
+        ranks: dict[tuple[Config, bool], int] = {}
         for rank, tokens in itertools.product(RANKS, range(len(TOKENS) + 1)):
             config = _config(kernel, arch, rank, tokens, 1, itemsize)._replace(split=1)
-            ranks[config] = max(rank, ranks.get(config, 0))
-        for config, rank in ranks.items():
-            yield kernel, arch, rank, itemsize, config
+            last = kernel in _WITH_FACTOR and tokens >= 2 and itemsize == 2
+            ranks[config, last] = max(rank, ranks.get((config, last), 0))
+        for (config, is_cast), rank in ranks.items():
+            yield Entry(kernel, arch, rank, itemsize, is_cast, config)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,12 @@ machine's rate and its bytes at the machine's bandwidth, plus a fixed time to st
 
 Every count below is what the backend's source does: the concatenated form reads x once
 for all R = E r ranks and is bound by memory until R reaches the machine's balance
-(rate / bandwidth); the sorted forms pay for ordering the tokens, and for gathering rows
-or walking the experts of a tile, and win where R is far above that.
+(rate / bandwidth); the sorted forms pay for ordering the tokens, read and write a row
+once per expert that uses it, and win where R is far above that.
 
 Limitations: caches are not modelled; measured rates stand in for them.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,7 +23,8 @@ class Machine(NamedTuple):
     gemm: float
     """FLOP per second of a product with a narrow side (tens to hundreds of ranks)."""
     grouped: float
-    """FLOP per second of the same work as a grouped product of small groups."""
+    """FLOP per second of the same work as a grouped product of small groups; on a GPU,
+    in the tiles of the Triton kernels."""
     bandwidth: float
     """Bytes per second of copying, reads and writes counted."""
     launch: float
@@ -56,20 +56,41 @@ class Work(NamedTuple):
     is_grouped: bool = False
 
 
-def concatenated(s: Shape) -> Iterator[Work]:
-    """All experts as one factor of R = E r ranks: torch, and Triton's dense kernels."""
+def concatenated(s: Shape, in_tiles: bool = False) -> Iterator[Work]:
+    """Products of all experts as one factor of R = E r ranks, forward and backward."""
     ranks, size = s.experts * s.rank, s.itemsize
     for wide, others in ((s.wide_in, 1), (s.wide_out, 2)):
         tall, factor, thin = s.tokens * wide, ranks * wide, s.tokens * ranks
         flops = 2.0 * tall * ranks
         # forward: x to z; zg onto base
-        yield Work(flops, size * (others * tall + factor + 2 * thin))
+        yield Work(flops, size * (others * tall + factor + 2 * thin), 1, in_tiles)
         if s.training:
             # the product with the factor, and the gradient of the factor
-            yield Work(flops, size * (tall + factor + 2 * thin))
-            yield Work(flops, size * (tall + factor + thin))
+            yield Work(flops, size * (tall + factor + 2 * thin), 1, in_tiles)
+            yield Work(flops, size * (tall + factor + thin), 1, in_tiles)
+
+
+def plain(s: Shape) -> Iterator[Work]:
+    """The concatenated form in torch on a CPU, which adds gates in rank space."""
+    yield from concatenated(s)
     if s.training:
-        yield Work(0.0, size * 4 * s.tokens * ranks, launches=6)
+        yield Work(0.0, s.itemsize * 4 * s.tokens * s.experts * s.rank, launches=6)
+
+
+def library(s: Shape) -> Iterator[Work]:
+    """The same on a GPU: a dozen passes over rank space in float32, a copy of base.
+
+    120 bytes per rank and token in training is what was counted on an H100.
+    """
+    yield from concatenated(s)
+    thin = s.tokens * s.experts * s.rank
+    yield Work(0.0, (120.0 if s.training else 40.0) * thin, launches=12)
+    yield Work(0.0, 2.0 * s.itemsize * s.tokens * s.wide_out)
+
+
+def rank_space(s: Shape) -> Iterator[Work]:
+    """The concatenated form in Triton, where rank space costs nothing of its own."""
+    yield from concatenated(s, in_tiles=True)
 
 
 def sorted_pairs(s: Shape) -> Iterator[Work]:
@@ -94,42 +115,22 @@ def sorted_pairs(s: Shape) -> Iterator[Work]:
         yield Work(0.0, 8.0 * s.tokens * s.experts, launches=10)
 
 
-def experts_per_tile(s: Shape, tile: int = 64) -> float:
-    """Mean number of experts that a tile of sorted tokens uses, under even routing.
-
-    Tokens are ordered by their first two experts. With one expert per token a tile
-    holds one, and a border now and then. With two, a tile holds one first expert and as
-    many second ones as there are runs of equal pairs in it; further experts are spread
-    at random.
-    """
-    experts, tokens = s.experts, s.tokens
-    if s.top_k == 1 or experts < 3:
-        return min(float(experts), 1 + experts * tile / max(tokens, 1))
-    per_pair = 2.0 * tokens / (experts * (experts - 1))
-    runs = tile * -math.expm1(-per_pair) / per_pair if per_pair else 1.0
-    used = min(float(experts), 1 + runs)
-    drawn = tile * (s.top_k - 2)
-    return used - (experts - used) * math.expm1(-drawn / experts)
-
-
-def fused_tiles(s: Shape) -> Iterator[Work]:
-    """Tiles of tokens sorted by expert, each walking its experts: Triton's grouped."""
-    pairs, size = s.tokens * s.top_k, s.itemsize
-    tile_rank = experts_per_tile(s) * s.rank
-    # ordering the tokens and listing the experts of each tile
-    yield Work(0.0, 8.0 * s.tokens * s.experts, launches=15)
-    for wide, passes in ((s.wide_in, 1), (s.wide_out, 2)):
-        tall, thin = s.tokens * wide, pairs * s.rank
-        factor = s.experts * s.rank * wide
-        flops = 2.0 * tall * tile_rank
-        yield Work(flops, size * (passes * tall + factor + thin))
-        if s.training:
-            yield Work(flops, size * (tall + factor + thin))
-            # the gradient of a factor reads a row once per expert that uses it
-            exact = 2.0 * pairs * wide * s.rank
-            yield Work(exact, size * (s.top_k * tall + factor + thin), is_grouped=True)
+def by_slots(s: Shape) -> Iterator[Work]:
+    """Tokens sorted by the expert of every slot: Triton's grouped form."""
+    pairs, size, slots = s.tokens * s.top_k, s.itemsize, s.top_k
+    # forward: every slot reads x; the sum of the updates, base and y for every slot
+    passes = [(s.wide_in, slots, 1), (s.wide_out, 2 * slots, slots)]
+    arranged = Work(0.0, 8.0 * s.tokens * s.experts, launches=4)
+    yield arranged
     if s.training:
-        yield Work(0.0, 8.0 * s.tokens * s.experts, launches=15)
+        yield arranged
+        # ranks of dy, both gradients of the factors, and dx like y but without base
+        passes += [(s.wide_out, slots, 1), (s.wide_out, slots, 1)]
+        passes += [(s.wide_in, slots, 1), (s.wide_in, 2 * slots - 1, slots)]
+    for wide, times, launches in passes:
+        factor = s.experts * s.rank * wide
+        moved = times * s.tokens * wide + factor + pairs * s.rank
+        yield Work(2.0 * pairs * wide * s.rank, size * moved, launches, True)
 
 
 def gathered(s: Shape) -> Iterator[Work]:
@@ -143,10 +144,11 @@ def gathered(s: Shape) -> Iterator[Work]:
 
 
 FORMS = {
-    "torch": concatenated,
+    "torch": plain,
+    "torch on a GPU": library,
     "sorted": sorted_pairs,
-    "triton": concatenated,
-    "triton_grouped": fused_tiles,
+    "triton": rank_space,
+    "triton_grouped": by_slots,
     "triton_gather": gathered,
 }
 """The form that each backend computes."""

@@ -5,16 +5,20 @@ Shape legend
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from molora.errors import ConfigError
 from molora.kernels import machine, sorted_path
-from molora.kernels.autograd import Options, run
+from molora.kernels.autograd import Options, run, run_around
 from molora.kernels.backends import BACKENDS, COMPILABLE
 from molora.kernels.cost_model import Shape, fastest
 from molora.kernels.torch_path import compute_dtype
+
+Layer = Callable[[Tensor], Tensor]
+"""A frozen layer: [T, I] to [T, O]."""
 
 _REMEMBERED = 4096
 """Choices kept."""
@@ -29,7 +33,7 @@ def lowrank_mixture(
     Bt: Tensor,
     gates: Tensor | None,
     scale: float | Tensor,
-    base: Tensor | None = None,
+    base: Tensor | Layer | None = None,
     backend: str = "auto",
     *,
     top_k: int | None = None,
@@ -44,7 +48,10 @@ def lowrank_mixture(
         Bt: [E, r, O] (B transposed), or [1, r, O] when all experts share it.
         gates: [T, E] in at least float32; None means one expert with gate 1.
         scale: alpha / r, one number or [E].
-        base: [T, O] output of the frozen layer; None means zero.
+        base: [T, O] output of the frozen layer; None means zero. Or the layer itself, a
+            function of x: in training its gradient of x and that of the update are
+            then written once, as their sum. It must be frozen, and a function of its
+            argument alone.
         backend: ``auto``, or a name in ``BACKENDS``. Under ``torch.compile`` ``auto``
             is ``torch``.
         top_k: At most so many gates of a token are not zero, and nothing reads the
@@ -67,14 +74,33 @@ def lowrank_mixture(
     if not isinstance(scale, Tensor):
         scale = float(scale)
     # like every op under autocast, leave float64 alone
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    narrow = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if base is not None and not isinstance(base, Tensor):
+        if _passes_through(x, narrow):
+            call = (x, A, Bt, gates, scale)
+            name = _choose(backend, *call, None, top_k)
+            options = Options(name, top_k, dropout, seed)
+            return run_around(x, base, A, Bt, gates, scale, options)
+        base = base(x)
+    if autocast:
+        x = x.to(narrow)
         with torch.autocast(x.device.type, enabled=False):
             name = _choose(backend, x, A, Bt, gates, scale, base, top_k)
             options = Options(name, top_k, dropout, seed)
             return run(x, base, A, Bt, gates, scale, options)
     name = _choose(backend, x, A, Bt, gates, scale, base, top_k)
     return run(x, base, A, Bt, gates, scale, Options(name, top_k, dropout, seed))
+
+
+def _passes_through(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the gradient of x can be left to the end of the frozen layer."""
+    return (
+        torch.is_grad_enabled()
+        and x.requires_grad
+        and x.dtype == dtype
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _choose(
@@ -213,27 +239,29 @@ def _auto_gpu(
     base: Tensor | None,
     top_k: int | None,
 ) -> str:
-    """The Triton form that the cost model expects to be fastest, of those that can."""
-    call = (x, A, Bt, gates, scale, base, top_k)
-    names = ["triton"]
-    trained = A.requires_grad or Bt.requires_grad
-    if top_k is not None:
-        names += ["triton_grouped"] if trained else ["triton_grouped", "triton_gather"]
-    able = [name for name in names if not BACKENDS[name].why_not(*call)]
-    if len(able) < 2:
-        return able[0] if able else "torch"
-    assert gates is not None
+    """The form that the cost model expects to be fastest, of those that can."""
+    names = ["triton", "triton_grouped", "triton_gather"]
+    able = [
+        name
+        for name in names
+        if not BACKENDS[name].why_not(x, A, Bt, gates, scale, base, top_k)
+    ]
+    if not able:
+        return "torch"
+    experts = 1 if gates is None else gates.shape[1]
+    trained = A.requires_grad or Bt.requires_grad or x.requires_grad
     shape = Shape(
         tokens=x.shape[0],
         wide_in=x.shape[1],
         wide_out=Bt.shape[2],
-        experts=gates.shape[1],
+        experts=experts,
         rank=A.shape[1],
-        top_k=min(top_k or gates.shape[1], gates.shape[1]),
+        top_k=min(top_k or experts, experts),
         itemsize=x.dtype.itemsize,
-        training=trained,
+        training=trained and torch.is_grad_enabled(),
     )
-    return fastest(able, shape, machine.gpu(x.device))
+    best = fastest([*able, "torch on a GPU"], shape, machine.gpu(x.device))
+    return best.split()[0]
 
 
 def _check(

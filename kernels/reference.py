@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from molora.kernels.gradients import Gradients, Needs
-from molora.kernels.torch_path import keep_mask
+from molora.kernels.torch_path import added, keep_mask
 
 
 def reference(
@@ -98,6 +98,7 @@ def backward(
     dropout: float,
     seed: int,
     needs: Needs,
+    onto: Tensor | None = None,
 ) -> Gradients:
     """Gradients of the definition, by autograd."""
     if not any(needs):
@@ -113,4 +114,5 @@ def backward(
             made = iter(torch.autograd.grad(y_TO, wanted, dy_TO.to(y_TO.dtype)))
         else:
             made = iter([torch.zeros_like(v) for v in wanted])
-    return Gradients(*(next(made) if needed else None for needed in needs))
+    grads = Gradients(*(next(made) if needed else None for needed in needs))
+    return grads if grads.x is None else grads._replace(x=added(grads.x, onto))

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
 from rich.console import Console
@@ -24,34 +23,23 @@ from triton import knobs
 
 from molora.errors import ConfigError
 from molora.kernels.aot import compiled, launches, traffic_of
-from molora.kernels.configs import ARCHES, RANKS, Config, entries
+from molora.kernels.configs import ARCHES, RANKS, Entry, entries
 from molora.kernels.machine_code import DENSE, TARGETS, Numbers, faults
 from molora.kernels.triton_dense_backward import SUM
+from molora.kernels.triton_route import LAUNCH as ROUTE
+
+FIXED = {"sum_parts": SUM, "route_count": ROUTE, "route_place": ROUTE}
+"""Kernels that are launched in one way, whatever the shapes."""
 
 
-class Row(NamedTuple):
-    """One configuration of one kernel for one target."""
-
-    kernel: str
-    arch: str
-    rank: int
-    itemsize: int
-    config: Config
-
-    @property
-    def key(self) -> str:
-        """Name in the table."""
-        c = self.config
-        return (
-            f"{self.kernel} {self.arch} rank {self.rank} {8 * self.itemsize}-bit "
-            f"{c.BM}x{c.BN} warps {c.warps} stages {c.stages} columns {c.columns}"
-        )
-
-
-def rows() -> list[Row]:
+def rows() -> list[Entry]:
     """Every configuration that is shipped."""
-    sums = [Row("sum_parts", arch, RANKS[-1], 2, SUM) for arch in ARCHES]
-    return [Row(*entry) for entry in entries()] + sums
+    others = [
+        Entry(kernel, arch, RANKS[-1] if kernel == "sum_parts" else 16, 2, False, way)
+        for kernel, way in FIXED.items()
+        for arch in ARCHES
+    ]
+    return [*entries(), *others]
 
 
 def load(path: Path) -> dict[str, Numbers]:
@@ -96,17 +84,17 @@ def differences(
     return sorted(reasons)
 
 
-def compile_all(chosen: list[Row], jobs: int) -> dict[str, Numbers]:
+def compile_all(chosen: list[Entry], jobs: int) -> dict[str, Numbers]:
     """Compile rows, several at a time."""
     if jobs == 1:
-        return {row.key: compiled(*row) for row in chosen}
+        return {row.key: compiled(row) for row in chosen}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        made = pool.map(compiled, *zip(*chosen, strict=True), chunksize=4)
+        made = pool.map(compiled, chosen, chunksize=4)
         return dict(zip((row.key for row in chosen), made, strict=True))
 
 
-def render(chosen: list[Row], found: dict[str, Numbers]) -> Table:
+def render(chosen: list[Entry], found: dict[str, Numbers]) -> Table:
     """The one table of all rows.
 
     Launches are those of the pass that a kernel belongs to, with every gradient.
@@ -120,7 +108,8 @@ def render(chosen: list[Row], found: dict[str, Numbers]) -> Table:
     for row in chosen:
         n, c = found[row.key], row.config
         columns = f"x{c.columns}" if c.columns > 1 else ""
-        place = (row.kernel, row.arch, row.rank, 8 * row.itemsize)
+        bits = f"{8 * row.itemsize}{' cast' if row.is_cast else ''}"
+        place = (row.kernel, row.arch, row.rank, bits)
         tile = (f"{c.BM}x{c.BN}{columns}", c.warps, c.stages, n.registers, n.spills)
         shared = f"{n.shared} / {TARGETS[row.arch].shared}"
         memory = (shared, f"{n.mmas} {n.mma}".strip(), n.wide, n.middle, n.narrow)
@@ -129,9 +118,9 @@ def render(chosen: list[Row], found: dict[str, Numbers]) -> Table:
     return table
 
 
-def _ratio(row: Row) -> str:
+def _ratio(row: Entry) -> str:
     """Bytes moved over the least possible, of kernels whose reads shapes decide."""
-    counted = traffic_of(*row) if row.kernel in DENSE else None
+    counted = traffic_of(row) if row.kernel in DENSE else None
     return "" if counted is None else f"{counted.moved / counted.floor:.2f}"
 
 

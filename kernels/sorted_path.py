@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molora.kernels.gradients import Gradients, Needs
-from molora.kernels.torch_path import cast, cat, dtype_of, keep_mask
+from molora.kernels.torch_path import added, cast, cat, dtype_of, keep_mask
 
 
 def why_not(
@@ -134,6 +134,7 @@ def backward(
     dropout: float,
     seed: int,
     needs: Needs,
+    onto: Tensor | None = None,
 ) -> Gradients:
     """Gradients of x, A, Bt and the gates, those that are needed."""
     assert gates_TE is not None
@@ -160,7 +161,7 @@ def backward(
         dx_TI = _spread(dz_Pr, A, pairs, dtype, x_TI.shape[0])
         if dropout:
             dx_TI *= keep_mask(dx_TI, dropout, seed)
-        dx_TI = cast(dx_TI, x_TI.dtype)
+        dx_TI = cast(added(dx_TI, onto), x_TI.dtype)
     return Gradients(dx_TI, dA, dBt, dgates_TE)
 
 

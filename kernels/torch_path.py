@@ -85,6 +85,7 @@ def backward(
     dropout: float,
     seed: int,
     needs: Needs,
+    onto: Tensor | None = None,
 ) -> Gradients:
     """Gradients of x, A, Bt and the gates, those that are needed."""
     dtype = z_TR.dtype
@@ -110,8 +111,13 @@ def backward(
         kept_TI = cast(x_TI, dtype) if keep_TI is None else cast(x_TI, dtype) * keep_TI
         dA = (dz_TR.t() @ kept_TI).to(A.dtype).view_as(A)
     if needs.x:
-        dx_TI = dz_TR @ cat(A, dtype)
-        dx_TI = (dx_TI if keep_TI is None else dx_TI.mul_(keep_TI)).to(x_TI.dtype)
+        a_RI = cat(A, dtype)
+        if onto is not None and onto.dtype == dtype and keep_TI is None:
+            dx_TI = torch.addmm(onto, dz_TR, a_RI)
+        else:
+            dx_TI = dz_TR @ a_RI
+            dx_TI = dx_TI if keep_TI is None else dx_TI.mul_(keep_TI)
+            dx_TI = added(dx_TI, onto).to(x_TI.dtype)
     return Gradients(dx_TI, dA, dBt, dgates_TE)
 
 
@@ -160,6 +166,11 @@ def keep_mask(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
     keep_TI = torch.empty(x_TI.shape, dtype=x_TI.dtype, device=x_TI.device)
     keep_TI.bernoulli_(1 - dropout, generator=generator)
     return keep_TI.div_(1 - dropout)
+
+
+def added(dx_TI: Tensor, onto: Tensor | None) -> Tensor:
+    """Sum of a gradient of the update, which is ours to change, and another one."""
+    return dx_TI if onto is None else dx_TI.add_(onto)
 
 
 def cat(factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -214,6 +214,7 @@ def backward(
     dropout: float = 0.0,
     seed: int = 0,
     needs: Needs = ALL,
+    onto: Tensor | None = None,
 ) -> Gradients:
     """Gradients of ``triton_dense.forward``; that of base is dy itself.
 
@@ -229,6 +230,7 @@ def backward(
         dropout: As given to the forward.
         seed: As given to the forward.
         needs: Which of the four gradients to compute.
+        onto: [T, I] another gradient of x, added to ours in the same pass.
 
     Returns:
         dx in the dtype of x, dA and dBt in those of the parameters, dgates in float32;
@@ -254,7 +256,7 @@ def backward(
     if products:
         weight_gradients(products, seed)
     if dx is not None and dz is not None:
-        expand(dz, A, None, dx, dropout, seed)
+        expand(dz, A, None if onto is None else unit_stride(onto), dx, dropout, seed)
     return Gradients(dx, dA, dBt, dgates)
 
 

@@ -43,7 +43,7 @@ def chosen(gates, token, slot, E: tl.constexpr, EP: tl.constexpr):  # type: igno
     return tl.sum(tl.where(here, expert, 0), 0), tl.sum(tl.where(here, gate, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["seed"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pairs", "seed"])  # type: ignore[untyped-decorator]
 def gather_shrink(  # type: ignore[no-untyped-def]
     x,
     a,
@@ -90,7 +90,7 @@ def gather_shrink(  # type: ignore[no-untyped-def]
     tl.store(z + row * r + rank, part, rank < r)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pairs"])  # type: ignore[untyped-decorator]
 def gather_expand(  # type: ignore[no-untyped-def]
     z,
     b,

@@ -291,6 +291,7 @@ def backward(
     dropout: float,
     seed: int,
     needs: Needs,
+    onto: Tensor | None = None,
 ) -> Gradients:
     """Gradients of ``forward``; that of base is dy itself.
 
@@ -306,6 +307,7 @@ def backward(
         dropout: As in forward.
         seed: As in forward.
         needs: Gradients that are wanted.
+        onto: [T, I] another gradient of x, added to ours in the same pass.
 
     Returns:
         dx in the dtype of x, dA and dBt in that of the factors, dgates float32.
@@ -324,7 +326,7 @@ def backward(
         shrink(call, dy, Bt, dz, z=z, dgates=dgates)
         if needs.x:
             dx = x.new_empty(x.shape)
-            expand(call, dz, A, None, dx, False, dropout, seed)
+            expand(call, dz, A, _unit_stride(onto), dx, False, dropout, seed)
         if needs.A:
             dA = wgrad(call, dz, x, A, False, dropout, seed)
     return Gradients(dx, dA, dBt, dgates)

@@ -22,7 +22,9 @@ from torch import Tensor
 from molora.kernels.configs import Config
 from molora.kernels.triton_tiles import cdiv, launch, power_of_2
 
-_LAUNCH = Config(BM=1, BN=1, warps=4, stages=1)
+LAUNCH = Config(BM=1, BN=1, warps=4, stages=1)
+"""How both kernels are launched, whatever the shapes."""
+
 _TILE = 4096
 """Gates that one block looks at."""
 
@@ -119,7 +121,7 @@ def route(gates_TE: Tensor, top_k: int) -> Route:
         route_count,
         (blocks,),
         {"gates": gates_TE, "chosen": chosen_TK, "counts": counts},
-        _LAUNCH,
+        LAUNCH,
         EP=power_of_2(experts),
         **common,
     )
@@ -128,7 +130,7 @@ def route(gates_TE: Tensor, top_k: int) -> Route:
         route_place,
         (blocks,),
         {"chosen": chosen_TK, "offsets": offsets, "order": order_P},
-        _LAUNCH,
+        LAUNCH,
         EP=power_of_2(experts + 1),
         **common,
     )

@@ -17,14 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from molora.kernels.configs import Config, pick
+from molora.kernels.configs import Config, casts, pick
 
 MAX_RANK = 256
 """Rank columns that one tile holds, and so the longest rank of one expert."""
-
-
-CAST_TOKENS = 512
-"""Tokens from which casting a factor once beats casting it in every program."""
 
 
 class Tile(NamedTuple):
@@ -90,14 +86,55 @@ def launch(
     **settings: Any,
 ) -> None:
     """Launch a kernel on the device of its tensors."""
-    options = {"num_warps": config.warps, "num_stages": config.stages}
     device = next(t.device for t in tensors.values() if t is not None)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.type != "cuda":
+        _first_launch(kernel, grid, tensors | settings, config)
+    elif device.index == torch.cuda.current_device():
+        _launch(kernel, grid, tensors, settings, config)
+    else:
         # triton launches on the current device, not on that of the tensors
         with torch.cuda.device(device):
-            kernel[grid](**tensors, **settings, **options)
+            _launch(kernel, grid, tensors, settings, config)
+
+
+_FREE = {"T", "seed", "slot", "blocks", "pairs", "p", "scale"}
+"""Arguments whose value has no part in what is compiled."""
+
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: dict[str, Tensor | None],
+    settings: dict[str, Any],
+    config: Config,
+) -> None:
+    """Launch what was compiled for such arguments, past triton's own look at each.
+
+    That look takes several times as long as a launch. The key holds what it reads:
+    dtypes, whether pointers are multiples of 16, sizes, and constants.
+    """
+    key = (
+        kernel,
+        config,
+        torch.cuda.current_device(),
+        settings.get("seed", 0) >> 31 > 0,
+        *[t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors.values()],
+        *[value for name, value in settings.items() if name not in _FREE],
+    )
+    known = _compiled.get(key)
+    if known is None:
+        _compiled[key] = _first_launch(kernel, grid, tensors | settings, config)
     else:
-        kernel[grid](**tensors, **settings, **options)
+        given = tensors | settings
+        known[(*grid, 1, 1)[:3]](*[given[name] for name in kernel.arg_names])
+
+
+def _first_launch(
+    kernel: Any, grid: tuple[int, ...], given: dict[str, Any], config: Config
+) -> Any:
+    return kernel[grid](**given, num_warps=config.warps, num_stages=config.stages)
 
 
 def configure(kernel: str, wide_in: Tensor, cut: Tile) -> Config:
@@ -118,7 +155,7 @@ def ready(factor: Tensor, narrow: Tensor) -> Tensor:
     Every program of a kernel reads the whole factor, from the second-level cache: half
     the bytes, and no conversion on the way to the matrix units.
     """
-    if factor.dtype != narrow.dtype and len(narrow) >= CAST_TOKENS:
+    if factor.dtype != narrow.dtype and casts(narrow.shape[0]):
         factor = factor.to(narrow.dtype)
     return factor.contiguous()
 

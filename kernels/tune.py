@@ -32,11 +32,12 @@ from molora.kernels.configs import (
     RANKS,
     Bucket,
     Config,
+    casts,
     experts_of,
     forced,
     pick,
 )
-from molora.kernels.triton_tiles import CAST_TOKENS, arch_of, interpreted
+from molora.kernels.triton_tiles import arch_of, interpreted
 
 STAND_INS = ((16, 128, 2048, 8192), (1024, 4096, 8192))
 """Tokens and wide dimension that stand for each of their buckets."""
@@ -70,11 +71,9 @@ def tune(
     Raises:
         ConfigError: There is no GPU, or the file is of another architecture.
     """
-    if not torch.cuda.is_available() or interpreted():
+    if interpreted() or not torch.cuda.is_available():
         raise ConfigError(
-            "molora kernels tune times kernels on a GPU of NVIDIA or AMD, and torch "
-            "finds none here (TRITON_INTERPRET must not be set either). Run it on the "
-            "machine that will train; without it the built-in table is used"
+            "the kernels can be timed on a GPU only, without TRITON_INTERPRET"
         )
     arch = arch_of(torch.device("cuda", torch.cuda.current_device()))
     rows = _read(path, arch)
@@ -185,7 +184,7 @@ def problem(bucket: Bucket) -> Callable[[], None]:
 
     # as a layer trains: parameters of 32 bits, cast where that pays
     factor = draw(experts, r, wide, dtype=torch.float32)
-    if tokens >= CAST_TOKENS:
+    if casts(tokens):
         factor = factor.to(dtype)
     logits = draw(tokens, experts, dtype=torch.float32).topk(min(2, experts))
     gates = torch.zeros(tokens, experts, device="cuda")
@@ -285,7 +284,7 @@ def _read(path: Path, arch: str) -> dict[Bucket, Config]:
     if raw["arch"] != arch:
         raise ConfigError(
             f"{path}: measured on {raw['arch']}, and this GPU is {arch}; name another "
-            "file with --out"
+            "file with --output"
         )
     return {Bucket(*row["bucket"]): Config(*row["config"]) for row in raw["rows"]}
 

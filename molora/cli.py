@@ -55,6 +55,10 @@ Task = Annotated[
     str | None,
     typer.Option(help="Task of the prompts, for routers that read it."),
 ]
+Names = Annotated[
+    list[str] | None,
+    typer.Option("--kernel", help="A kernel; may be repeated.", show_default="all"),
+]
 Json = Annotated[
     Path | None, typer.Option("--json", help="File to write all numbers to.")
 ]
@@ -288,6 +292,29 @@ def demo(
     settings += [] if steps is None else [f"training.max_steps={steps}"]
     settings += [] if seed is None else [f"seed={seed}"]
     run_demo(output, settings)
+
+
+kernels = typer.Typer(help="The Triton kernels.", no_args_is_help=True)
+app.add_typer(kernels, name="kernels")
+
+
+@kernels.command(epilog="Example: molora kernels tune --rank 128")
+def tune(
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File of the table.", show_default="in the cache folder"),
+    ] = None,
+    kernel: Names = None,
+    rank: Annotated[
+        list[int] | None,
+        typer.Option(help="Padded total rank; may be repeated.", show_default="all"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Compiling processes.")] = 4,
+) -> None:
+    """Measure the kernels on this GPU; needs one. Goes on where a run was stopped."""
+    from molora.commands.kernels import tune as run
+
+    run(output, kernel or [], rank or [], jobs)
 
 
 def _standard_input() -> str:

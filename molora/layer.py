@@ -6,6 +6,7 @@ Shape legend
     T tokens   E experts   I in features   O out features
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,23 +116,33 @@ class MoloraLinear(nn.Module):
             RoutingError: Router logits that are not finite, a mask that does not fit,
                 or a balance objective that no gradient reaches.
         """
-        y: Tensor = self.base(x)
         runtime = self.runtime
         if runtime.disabled or self.backup is not None:
-            return y
+            plain: Tensor = self.base(x)
+            return plain
         x_TI = x.reshape(-1, self.in_features)
-        y_TO = y.reshape(-1, self.out_features)
+        base: Any
+        if self.experts.takes_layer and x.requires_grad and torch.is_grad_enabled():
+            base = functools.partial(self._base, x.shape)
+        else:
+            base = self._base(x.shape, x_TI, x)
+        shape = *x.shape[:-1], self.out_features
         if self.router is None:
-            single_TO: Tensor = self.experts(x_TI, None, y_TO)
-            return single_TO.view(y.shape)
+            single_TO: Tensor = self.experts(x_TI, None, base)
+            return single_TO.view(shape)
         watched = bool(self.objectives) and self.training
         watched = watched or runtime.trace is not None or runtime.stats is not None
         context = runtime.context_for(self.path, needed=watched)
         routing: Routing = self.router(x_TI, context)
-        y_TO = self.experts(x_TI, routing.gates, y_TO, routing.top_k)
+        y_TO: Tensor = self.experts(x_TI, routing.gates, base, routing.top_k)
         if watched:
             y_TO = self._watch(y_TO, routing, context, x.shape)
-        return y_TO.view(y.shape)
+        return y_TO.view(shape)
+
+    def _base(self, shape: torch.Size, x_TI: Tensor, x: Tensor | None = None) -> Tensor:
+        """Output of the frozen layer as [T, O]; it sees x as the model made it."""
+        y: Tensor = self.base(x_TI.view(shape) if x is None else x)
+        return y.reshape(-1, self.out_features)
 
     def _watch(
         self, y_TO: Tensor, routing: Routing, context: ForwardContext, shape: torch.Size

@@ -11,7 +11,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from molora.kernels import lowrank_mixture
+from molora.kernels import Layer, lowrank_mixture
 from molora.registry import Registry
 from molora.schema import Schema
 
@@ -33,6 +33,8 @@ class AbstractExperts(nn.Module, abc.ABC):
     """
 
     Config: ClassVar[type[ExpertsConfig]]
+    takes_layer: ClassVar[bool] = False
+    """Whether ``forward`` also takes the frozen layer itself in place of its output."""
     num_experts: int
 
     @abc.abstractmethod
@@ -71,6 +73,7 @@ class BilinearExperts(AbstractExperts):
     Everything but the factors is derived here, once, and not overridden.
     """
 
+    takes_layer = True
     lora_dropout: float = 0.0
 
     @abc.abstractmethod
@@ -81,10 +84,14 @@ class BilinearExperts(AbstractExperts):
         self,
         x: Tensor,
         gates: Tensor | None,
-        base: Tensor,
+        base: Tensor | Layer,
         top_k: int | None = None,
     ) -> Tensor:
-        """See base class. One dropout mask serves all experts."""
+        """See base class. One dropout mask serves all experts.
+
+        Given the layer, a function of x that gives [T, O], backward writes the gradient
+        of x once for both.
+        """
         A, Bt, scale = self.factors()
         if not (self.training and self.lora_dropout):
             return lowrank_mixture(x, A, Bt, gates, scale, base, top_k=top_k)

@@ -113,7 +113,7 @@ class Problem:
                 self.Bt,
                 self.gates,
                 2.0,
-                self.base(x),
+                self.base,
                 name,
                 top_k=self.size.K,
             )

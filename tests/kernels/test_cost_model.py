@@ -15,11 +15,12 @@ from molora.kernels.cost_model import (
     FORMS,
     Machine,
     Shape,
-    experts_per_tile,
+    by_slots,
     fastest,
     seconds,
 )
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 H100 = machine.GPUS["sm_90"]
 SLOW = Machine(gemm=6e10, grouped=1.5e10, bandwidth=1.2e10, launch=5e-6)
 
@@ -49,56 +50,65 @@ def test_forward_at_the_reference_shape_is_three_passes() -> None:
         2 * y + factor + 2 * ranks,
     ]
     assert [w.flops for w in work] == [2 * 8192 * 4096 * 128] * 2
-    # 72 MB and 139 MB at 3.35 TB/s
-    free = H100._replace(launch=0.0)
+    # 72 MB and 139 MB at 3.35 TB/s, of which a copy reaches no more than 84 %
+    free = H100._replace(launch=0.0, bandwidth=3.35e12, grouped=1e15)
     assert seconds("triton", shape(), free) * 1e6 == pytest.approx(64, rel=0.03)
 
 
 def test_the_time_of_the_concatenated_form_does_not_follow_the_experts() -> None:
-    """Below the machine's balance, 295 ranks on this one, memory sets the time."""
+    """Below the machine's balance, about 100 ranks on this one, memory sets it."""
     one = seconds("triton", shape(experts=1), H100)
-    eight = seconds("triton", shape(experts=8), H100)
-    assert eight < 1.1 * one
+    four = seconds("triton", shape(experts=4), H100)
+    assert four < 1.1 * one
     assert seconds("triton", shape(experts=64), H100) > 2 * one
 
 
-@pytest.mark.parametrize(
-    ("top_k", "experts", "counted"),
-    [(1, 64, 1.5), (1, 128, 2), (1, 256, 3), (2, 64, 17), (2, 128, 40), (2, 256, 54)],
-)
-def test_experts_of_a_tile_are_those_counted_in_random_routings(
-    top_k: int, experts: int, counted: float
-) -> None:
-    used = experts_per_tile(shape(experts=experts, top_k=top_k))
-    assert used == pytest.approx(counted, rel=0.1)
+def test_slots_read_and_write_once_per_expert_of_a_token() -> None:
+    s = shape(tokens=100, experts=64, top_k=3, training=True)
+    moved = sum(work.bytes for work in by_slots(s))
+    tall = s.itemsize * s.tokens
+    # by hand: x of 3 slots and dA 3 times; dx 1 + 2 + 2; ranks of dy and dBt 3 times;
+    # y: a sum written, read and written, then read with base and written as y
+    wide = tall * ((3 + 3 + 5) * s.wide_in + (3 + 3 + 1 + 2 + 3) * s.wide_out)
+    factors = 3 * s.itemsize * s.experts * s.rank * (s.wide_in + s.wide_out)
+    ranks = 6 * s.itemsize * 3 * s.tokens * s.rank
+    routing = 2 * 8 * s.tokens * s.experts
+    assert moved == wide + factors + ranks + routing
 
 
-def test_experts_of_a_tile_stay_in_bounds() -> None:
-    for tokens, experts, top_k in itertools.product(
-        [0, 1, 64, 8192], [1, 2, 3, 8, 300], [1, 2, 3, 8]
-    ):
-        s = shape(tokens=tokens, experts=experts, top_k=min(top_k, experts))
-        assert 1 <= experts_per_tile(s) <= experts
-
-
-def test_grouped_tiles_win_beyond_the_balance_and_not_below() -> None:
-    balance = H100.gemm / H100.bandwidth
-    below = shape(experts=int(balance / 16))
-    assert fastest(["triton", "triton_grouped"], below, H100) == "triton"
+def test_slots_win_for_many_experts_and_not_for_few() -> None:
+    names = ["triton", "triton_grouped"]
+    assert fastest(names, shape(experts=8, training=True), H100) == "triton"
     for top_k in (1, 2):
-        above = shape(experts=int(8 * balance / 16), top_k=top_k)
-        assert fastest(["triton", "triton_grouped"], above, H100) == "triton_grouped"
+        many = shape(experts=64, top_k=top_k, training=True)
+        assert fastest(names, many, H100) == "triton_grouped"
+
+
+def test_the_choice_is_the_fastest_that_was_measured_on_an_h100() -> None:
+    results = json.loads((RESULTS / "gpu_h100.json").read_text())["results"]
+    assert len(results) > 8
+    for row in results:
+        s = Shape(*row["size"].values(), itemsize=2, training=row["trains"])
+        names = ["triton", "triton_grouped", "torch on a GPU"]
+        names += [] if row["trains"] else ["triton_gather"]
+        # the update alone, without the time of the host
+        base = row["seconds"]["base, graph"]
+        took = {
+            name: row["seconds"][f"{name.split()[0]}, graph"] - base for name in names
+        }
+        best = fastest(names, s, H100)
+        assert took[best] <= 1.1 * min(took.values()), (s, best)
 
 
 def test_decoding_gathers_once_the_unused_factors_weigh_more() -> None:
-    names = ["triton", "triton_gather"]
+    names = ["triton", "triton_grouped", "triton_gather"]
     few = shape(tokens=1, experts=8)
     many = shape(tokens=1, experts=256)
     assert seconds("triton", few, H100) == pytest.approx(
-        seconds("triton_gather", few, H100), rel=0.1
+        seconds("triton_gather", few, H100), rel=0.15
     )
     assert fastest(names, many, H100) == "triton_gather"
-    assert fastest(names, many._replace(tokens=4096), H100) == "triton"
+    assert fastest(names, many._replace(tokens=4096), H100) == "triton_grouped"
 
 
 def test_the_choice_is_the_least_of_all_for_every_shape() -> None:
@@ -117,7 +127,8 @@ def test_the_choice_is_the_least_of_all_for_every_shape() -> None:
         s = Shape(tokens, wide, out, experts, rank, top_k, 2, training)
         names = ["torch", "sorted"]
         if device is not SLOW:
-            names = ["triton", "triton_grouped", *["triton_gather"][training:]]
+            names = ["torch on a GPU", "triton", "triton_grouped"]
+            names += ["triton_gather"][training:]
         times = {name: seconds(name, s, device) for name in names}
         best = fastest(names, s, device)
         assert times[best] == min(times.values())

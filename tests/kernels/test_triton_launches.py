@@ -169,31 +169,33 @@ def test_bytes_of_the_reference_shape(launches: list[Launch]) -> None:
     args = on_meta(8192, 4096, 4096, 8, 16)
     y, z = triton_dense.forward(**args)
     backward(args, z, y)
-    # by hand, in MiB: x, y, dy, dx 64 each; z, zg, dz 2; A, Bt and partial sums of
-    # float32 2 (times the programs that share a sum); gates and their gradient 1/4
+    # by hand, in MiB: x, y, dy, dx 64 each; z, zg, dz 2; A, Bt cast to 16 bits 1; their
+    # gradients and partial sums in float32 2 (times the programs that share a sum);
+    # gates and their gradient 1/4
     made = [launch.traffic() for launch in launches]
     shrink, expand, rank, wgrad, _, parts, dx = made
-    assert shrink == ((64 + 2 + 0.25 + 2 + 2) * MIB,) * 2
-    assert expand == ((2 + 2 + 64 + 64) * MIB,) * 2
-    assert rank == ((64 + 2 + 0.25 + 2 + 2 + 2 + 0.25) * MIB,) * 2
+    assert shrink == ((64 + 1 + 0.25 + 2 + 2) * MIB,) * 2
+    assert expand == ((2 + 1 + 64 + 64) * MIB,) * 2
+    assert rank == ((64 + 1 + 0.25 + 2 + 2 + 2 + 0.25) * MIB,) * 2
     split = launches[3].settings["SPLIT"]
     assert wgrad == ((64 + 2 + 2 * split) * MIB, (64 + 2 + 2) * MIB)
     assert parts == ((2 * split + 2) * 2 * MIB,) * 2
-    assert dx == ((2 + 2 + 64) * MIB,) * 2
+    assert dx == ((2 + 1 + 64) * MIB,) * 2
     # every wide matrix once for each product that needs it
     total = sum(moved for moved, _ in made)
     assert total <= 1.15 * (64 * (1 + 2 + 1 + 1 + 1 + 1)) * MIB
 
 
 def test_reading_again_counts_beyond_the_cache(launches: list[Launch]) -> None:
-    args = on_meta(8192, 4096, 4096, 64, 16)
+    args = on_meta(8192, 4096, 4096, 128, 16)
     triton_dense.forward(**args)
     shrink, expand = launches
-    # 64 experts of rank 16 are 4 tiles: x is read 4 times, and 16 MiB of A for every
-    # tile of tokens
-    assert shrink.grid[0] == 4
-    assert args["A"].nbytes > CACHED
-    wide = 4 * args["x"].nbytes + shrink.grid[1] * args["A"].nbytes
+    # 128 experts of rank 16 are 8 tiles: x is read 8 times, and 16 MiB of A, cast to 16
+    # bits, for every tile of tokens
+    assert shrink.grid[0] == 8
+    factor = shrink.tensors["a"]
+    assert factor is not None and factor.nbytes == args["A"].nbytes // 2 > CACHED
+    wide = 8 * args["x"].nbytes + shrink.grid[1] * factor.nbytes
     assert shrink.traffic().moved > wide > 2 * shrink.traffic().floor
     shared = on_meta(8192, 4096, 4096, 64, 16, shared="B")
     triton_dense.forward(**shared)

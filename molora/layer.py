@@ -66,6 +66,7 @@ class MoloraLinear(nn.Module):
         self.runtime = runtime
         self.objectives = list(objectives)
         self.backup: Tensor | None = None
+        self.backup_bias: Tensor | None = None
         experts = EXPERTS[site.experts.kind]
         self.experts: AbstractExperts = experts(
             site.experts,
@@ -115,23 +116,33 @@ class MoloraLinear(nn.Module):
             RoutingError: Router logits that are not finite, a mask that does not fit,
                 or a balance objective that no gradient reaches.
         """
-        y: Tensor = self.base(x)
         runtime = self.runtime
         if runtime.disabled or self.backup is not None:
-            return y
+            unchanged: Tensor = self.base(x)
+            return unchanged
         x_TI = x.reshape(-1, self.in_features)
-        y_TO = y.reshape(-1, self.out_features)
         if self.router is None:
-            single_TO: Tensor = self.experts(x_TI, None, y_TO)
+            y = self._base(x, x_TI, None)
+            single_TO: Tensor = self.experts(
+                x_TI, None, y.reshape(-1, self.out_features)
+            )
             return single_TO.view(y.shape)
         watched = bool(self.objectives) and self.training
         watched = watched or runtime.trace is not None or runtime.stats is not None
         context = runtime.context_for(self.path, needed=watched)
         routing: Routing = self.router(x_TI, context)
+        y = self._base(x, x_TI, routing.gates)
+        y_TO = y.reshape(-1, self.out_features)
         y_TO = self.experts(x_TI, routing.gates, y_TO, routing.top_k)
         if watched:
             y_TO = self._watch(y_TO, routing, context, x.shape)
         return y_TO.view(y.shape)
+
+    def _base(self, x: Tensor, x_TI: Tensor, gates: Tensor | None) -> Tensor:
+        """Output of the frozen layer for the input that the experts let it read."""
+        edited_TI = self.experts.edit_input(x_TI, gates)
+        y: Tensor = self.base(x if edited_TI is x_TI else edited_TI.view(x.shape))
+        return y
 
     def _watch(
         self, y_TO: Tensor, routing: Routing, context: ForwardContext, shape: torch.Size
@@ -188,23 +199,40 @@ class MoloraLinear(nn.Module):
                 f"site {self.path!r} routes among {self.experts.num_experts} experts "
                 "per token, which no single weight equals; run molora.collapse first"
             )
-        return self.experts.delta_weight(0)
+        return self.experts.delta_weight(0, self._weight_OI())
+
+    def _weight_OI(self) -> Tensor:
+        """Weight of the frozen layer before any merge, at least float32."""
+        weight = self.base_weight()
+        weight = weight.t() if isinstance(self.base, Conv1D) else weight
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the update into the base weight; keep the original bytes."""
+        """Fold the update into base weight and bias; keep the original bytes."""
         assert self.backup is None
         delta_OI = self.delta_weight()
-        weight = self.base.weight
+        weight, bias = self.base.weight, self.base.bias
         assert isinstance(weight, nn.Parameter)
         delta = delta_OI.t() if isinstance(self.base, Conv1D) else delta_OI
-        merged = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(
-            weight.dtype
-        )
-        if not torch.isfinite(merged).all():
-            raise WrapError(f"site {self.path!r}: the merged weight is not finite")
+        merged = self._sum(weight, delta)
+        delta_O = None
+        if isinstance(bias, nn.Parameter):
+            delta_O = self.experts.delta_bias(0, bias)
+        if isinstance(bias, nn.Parameter) and delta_O is not None:
+            merged_bias = self._sum(bias, delta_O)
+            self.backup_bias = bias.detach().clone()
+            bias.copy_(merged_bias)
         self.backup = weight.detach().clone()
         weight.copy_(merged)
+
+    def _sum(self, values: Tensor, delta: Tensor) -> Tensor:
+        """Add in the wider dtype, return in that of the values."""
+        wide = torch.promote_types(values.dtype, delta.dtype)
+        merged = (values.to(wide) + delta).to(values.dtype)
+        if not torch.isfinite(merged).all():
+            raise WrapError(f"site {self.path!r}: the merged weight is not finite")
+        return merged
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -214,6 +242,11 @@ class MoloraLinear(nn.Module):
         assert isinstance(weight, nn.Parameter)
         weight.copy_(self.backup)
         self.backup = None
+        if self.backup_bias is not None:
+            bias = self.base.bias
+            assert isinstance(bias, nn.Parameter)
+            bias.copy_(self.backup_bias)
+            self.backup_bias = None
 
     def base_weight(self) -> Tensor:
         """Weight of the frozen layer as it was before any merge."""

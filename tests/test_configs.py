@@ -30,7 +30,7 @@ def base(tiny_llama: Factory) -> Factory:
 
 def test_there_are_configs() -> None:
     names = {file.stem for file in FILES}
-    assert {"quickstart", "lora", "molora", "topk", "mola", "hydralora"} <= names
+    assert {"quickstart", "lora", "molora", "topk", "mola", "hydralora", "mov"} <= names
 
 
 @each_file
@@ -58,7 +58,8 @@ def test_it_is_built_and_every_trained_value_is_reached(
     model.train()
     with torch.no_grad():
         for site in sites(model).values():
-            site.experts.Bt.normal_(std=0.1)
+            for parameter in site.experts.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in adapter_parameters(model).items():
         assert parameter.grad is not None, name
@@ -81,6 +82,15 @@ def test_molora_has_the_sizes_of_the_authors_code(base: Factory) -> None:
         assert site.experts.A.shape[:2] == (10, 4)
     assert scales(model) == {4.0}
     assert read("molora").adapter.balance == []
+
+
+def test_mov_scales_keys_values_and_what_the_mlp_reads_last(base: Factory) -> None:
+    model = molora.wrap(base(), read("mov").adapter)
+    found = sites(model)
+    shapes = {p.split(".")[-1]: s.experts.vectors.shape for p, s in found.items()}
+    # 2 of 4 heads of 8 for keys and values; 48 values before the last linear
+    assert shapes == {"k_proj": (30, 16), "v_proj": (30, 16), "down_proj": (30, 48)}
+    assert len(found) == 30 * 3
 
 
 def test_mola_has_more_experts_in_higher_layers(base: Factory) -> None:

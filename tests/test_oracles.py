@@ -188,6 +188,50 @@ def test_molora_renormalised_gates() -> None:
     near(trace.sites["lin"].gates[0], t["alt.topk.gates_renormalised"])
 
 
+def scaling(wide: int, heads: int, experts: int, position: str) -> Any:
+    """Identity layers of a number of heads under (IA)^3 mixtures."""
+    raw = {
+        "target_modules": r"\d",
+        "experts": {"kind": "ia3", "num_experts": experts, "position": position},
+        "router": {"kind": "soft"},
+    }
+    layers = nn.ModuleList(nn.Linear(wide, wide, bias=False) for _ in range(heads))
+    for layer in layers:
+        nn.init.eye_(layer.weight)  # type: ignore[arg-type]
+    return molora.wrap(layers, molora.AdapterConfig.from_dict(raw))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("position", ["input", "output"])
+@pytest.mark.parametrize("pre", ["mov.", "mov_attention."])
+def test_mov(pre: str, position: str, dtype: torch.dtype) -> None:
+    """A layer that is the identity leaves x times its gated vectors.
+
+    The attention form has one router for all heads and vectors for each, which is one
+    site for each head with the same router.
+    """
+    t = load("molora_mov")
+    by_head = pre == "mov_attention."
+    vectors = t[pre + "vectors"] if by_head else t[pre + "vectors"][None]
+    heads, experts, wide = vectors.shape
+    model = scaling(wide, heads, experts, position).to(dtype)
+    for number, site in enumerate(sites(model).values()):
+        with torch.no_grad():
+            site.experts.vectors.copy_(vectors[number])  # type: ignore
+            site.router.gate.weight.copy_(t[pre + "plain.router"])  # type: ignore
+    x = t[pre + "x"].to(dtype).requires_grad_()
+    parts = x.view(*x.shape[:2], heads, wide).unbind(2)
+    y = torch.stack([m(part) for m, part in zip(model, parts, strict=True)], 2)
+    (y.view(x.shape) * t[pre + "c"].to(dtype)).sum().backward()
+    near(y.view(x.shape).detach(), t[pre + "y"], "y")
+    near(x.grad, t[pre + "grad.x"], "x")
+    found: list[Any] = list(sites(model).values())
+    got = torch.stack([site.experts.vectors.grad for site in found])
+    near(got if by_head else got[0], t[pre + "grad.vectors"], "vectors")
+    routers = torch.stack([site.router.gate.weight.grad for site in found])
+    near(routers.sum(0), t[pre + "grad.router"], "router")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ldmole_softmax_and_its_losses(dtype: torch.dtype) -> None:
     t = load("ldmole_softmax")

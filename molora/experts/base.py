@@ -28,12 +28,25 @@ class ExpertsConfig(Schema):
 class AbstractExperts(nn.Module, abc.ABC):
     """E updates of one frozen layer.
 
-    A family supplies ``forward`` and ``delta_weight``; a bilinear one derives from
-    ``BilinearExperts`` and supplies ``factors`` only.
+    A family supplies ``forward`` and ``delta_weight``, and ``edit_input`` and
+    ``delta_bias`` where it acts there; a bilinear one derives from ``BilinearExperts``
+    and supplies ``factors`` only.
     """
 
     Config: ClassVar[type[ExpertsConfig]]
     num_experts: int
+
+    def edit_input(self, x: Tensor, gates: Tensor | None) -> Tensor:
+        """Change what the frozen layer reads; x itself where nothing changes.
+
+        Args:
+            x: [T, I] inputs, which the router has read.
+            gates: [T, E]; None means one expert with gate 1.
+
+        Returns:
+            [T, I] in the dtype of x.
+        """
+        return x
 
     @abc.abstractmethod
     def forward(
@@ -48,7 +61,7 @@ class AbstractExperts(nn.Module, abc.ABC):
         Args:
             x: [T, I] inputs.
             gates: [T, E]; None means one expert with gate 1.
-            base: [T, O] output of the frozen layer.
+            base: [T, O] output of the frozen layer for the edited input.
             top_k: At most so many gates of a token are not zero, and the gradient of
                 the others is not read; None promises nothing.
 
@@ -57,8 +70,20 @@ class AbstractExperts(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def delta_weight(self, expert: int) -> Tensor:
-        """Dense update of one expert with its scale, [O, I] float32."""
+    def delta_weight(self, expert: int, weight: Tensor) -> Tensor:
+        """Dense update of one expert with its scale.
+
+        Args:
+            expert: Its number.
+            weight: [O, I] of the frozen layer, which some families scale.
+
+        Returns:
+            [O, I], at least float32.
+        """
+
+    def delta_bias(self, expert: int, bias: Tensor) -> Tensor | None:
+        """What one expert adds to the bias [O] of the frozen layer; None: nothing."""
+        return None
 
     @abc.abstractmethod
     def count(self) -> int:
@@ -115,8 +140,8 @@ class BilinearExperts(AbstractExperts):
         b_rO = Bt[expert % Bt.shape[0]].detach().float()
         return a_rI, self.scales()[expert] * b_rO
 
-    def delta_weight(self, expert: int) -> Tensor:
-        """See base class."""
+    def delta_weight(self, expert: int, weight: Tensor | None = None) -> Tensor:
+        """See base class; the frozen weight is not read."""
         a_rI, b_rO = self.expert_factors(expert)
         return b_rO.t() @ a_rI
 

@@ -67,7 +67,7 @@ def _factors(site: MoloraLinear) -> tuple[Tensor, Tensor]:
     if not isinstance(experts, BilinearExperts):
         raise WrapError(
             f"site {site.path!r} holds {type(experts).__name__}, which is no product "
-            "of two factors, so no LoRA equals it"
+            "of two factors, so no LoRA equals it; molora.merge folds it into the base"
         )
     return experts.expert_factors(0)
 

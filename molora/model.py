@@ -44,10 +44,15 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
 
     Raises:
         WrapError: The model is wrapped already, is a PEFT model, has a quantiser that
-            cannot be trained, or the targets do not fit. The model is left untouched.
+            cannot be trained, or the targets or the layout do not fit. The model is
+            left untouched.
     """
     check_wrappable(model)
     targets = find_targets(model, config)
+    if config.layout is not None:
+        names = [name for name, _ in model.named_modules()]
+        layout = config.layout.placed(names, list(targets))
+        config = config.model_copy(update={"layout": layout})
     runtime = Runtime()
     routed = sum(config.site(path).experts.num_experts > 1 for path in targets)
     if config.balance and not routed:

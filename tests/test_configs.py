@@ -93,14 +93,23 @@ def test_mov_scales_keys_values_and_what_the_mlp_reads_last(base: Factory) -> No
     assert len(found) == 30 * 3
 
 
-def test_mola_has_more_experts_in_higher_layers(base: Factory) -> None:
-    model = molora.wrap(base(), read("mola").adapter)
+MOLA = {
+    "mola": [2] * 7 + [4] * 8 + [6] * 8 + [8] * 7,
+    "mola_triangle": [8] * 7 + [6] * 8 + [4] * 8 + [2] * 7,
+    "mola_hourglass": [8] * 7 + [2] * 16 + [8] * 7,
+    "mola_rectangle": [5] * 30,
+}
+
+
+@pytest.mark.parametrize("name", MOLA)
+def test_mola_has_the_shape_of_its_name(name: str, base: Factory) -> None:
+    model = molora.wrap(base(), read(name).adapter)
     found = sites(model)
     counts = [
         {s.experts.num_experts for p, s in found.items() if f"layers.{i}." in p}
         for i in range(30)
     ]
-    assert counts == [{2}] * 7 + [{4}] * 8 + [{6}] * 8 + [{8}] * 7
+    assert counts == [{count} for count in MOLA[name]]
     assert len(found) == 30 * 7
 
 

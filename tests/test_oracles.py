@@ -283,16 +283,11 @@ def test_mola_balance_is_averaged_over_modules(masked: bool) -> None:
     config = molora.AdapterConfig.from_dict(
         {
             "target_modules": r"layers\.\d\.\d",
-            "experts": {"kind": "lora", "num_experts": n0, "r": 1},
+            "layout": {"shape": "inverted_triangle", "counts": [n0, n1]},
+            "experts": {"kind": "lora", "r": 1},
             "router": {"kind": "topk", "top_k": k0},
             "balance": [{"kind": "switch", "weight": 0.5}],
-            "overrides": [
-                {
-                    "match": r"layers\.1\.",
-                    "experts": {"num_experts": n1},
-                    "router": {"top_k": k1},
-                }
-            ],
+            "overrides": [{"match": r"layers\.1\.", "router": {"top_k": k1}}],
         }
     )
     model: Any = molora.wrap(Layers([n0, n1]), config).double().train()

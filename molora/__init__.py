@@ -8,6 +8,8 @@ from molora.collapse.api import collapse as collapse
 from molora.collapse.report import CollapseResult as CollapseResult
 from molora.config import AdapterConfig as AdapterConfig
 from molora.interop.peft import export_peft as export_peft
+from molora.interop.peft_experts import export_peft_experts as export_peft_experts
+from molora.interop.peft_import import import_peft as import_peft
 from molora.model import disabled as disabled
 from molora.model import merge as merge
 from molora.model import record_routing as record_routing

@@ -7,7 +7,7 @@ refused when the config is built; what needs the model (targets) when it is wrap
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pydantic
 import yaml
@@ -75,6 +75,9 @@ class AdapterConfig(Schema):
     """How tokens choose experts."""
     balance: list[pydantic.SerializeAsAny[ObjectiveConfig]] = []
     """Objectives added to the loss, per routed site."""
+    train: Literal["all", "router", "newest"] = "all"
+    """What is trained: all, the routers over frozen experts, or only the newest expert
+    of each layer with its row of the router."""
     layout: Layout | None = None
     """num_experts by depth (MoLA), instead of one number for all layers."""
     overrides: list[Override] = []
@@ -125,6 +128,11 @@ class AdapterConfig(Schema):
         kinds = [objective.kind for objective in self.balance]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"balance: an objective is listed twice: {kinds}")
+        if self.train != "all" and not self._any_routed():
+            raise ValueError(
+                f"train: {self.train} leaves nothing to train, every layer has one "
+                "expert; set train: all or num_experts above 1"
+            )
         if self.balance and not self._any_routed():
             raise ValueError(
                 "balance: there is nothing to balance, every layer has one expert; "

@@ -15,6 +15,7 @@ from torch import nn
 from molora.config import AdapterConfig
 from molora.context import Runtime
 from molora.errors import WrapError
+from molora.freezing import set_trainable, split_newest
 from molora.layer import MoloraLinear
 from molora.records import RoutingTrace
 from molora.routers import OBJECTIVES
@@ -74,6 +75,10 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
         )
         for path, base in targets.items()
     }
+    for bank in banks.values():
+        if config.train == "newest":
+            split_newest(bank)
+        set_trainable(bank, config.train)
     frozen = {n: p.requires_grad for n, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -52,7 +52,7 @@ def export_peft(model: nn.Module, folder: str | Path) -> None:
         tensors[f"{key}.lora_B.weight"] = b_RO.t().cpu().contiguous()
     with atomic_folder(folder) as temp:
         save_file(tensors, temp / TENSORS, metadata={"format": "pt"})
-        write_json(temp / CONFIG, _config(model, found, rank))
+        write_json(temp / CONFIG, peft_config(model, found, rank))
         write_manifest(temp)
 
 
@@ -72,7 +72,7 @@ def _factors(site: MoloraLinear) -> tuple[Tensor, Tensor]:
     return experts.expert_factors(0)
 
 
-def _config(
+def peft_config(
     model: nn.Module, found: dict[str, MoloraLinear], rank: int
 ) -> dict[str, Any]:
     """Fields of PEFT's LoraConfig; those left out have neutral defaults there."""

@@ -7,6 +7,7 @@ from molora.checkpoint import load as load
 from molora.collapse.api import collapse as collapse
 from molora.collapse.report import CollapseResult as CollapseResult
 from molora.config import AdapterConfig as AdapterConfig
+from molora.grow import grow as grow
 from molora.interop.peft import export_peft as export_peft
 from molora.interop.peft_experts import export_peft_experts as export_peft_experts
 from molora.interop.peft_import import import_peft as import_peft

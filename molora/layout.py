@@ -88,7 +88,7 @@ class Layout(Schema):
             WrapError: Targets lie in several stacks of layers, there are fewer layers
                 than groups, or ``layers`` is set to another depth.
         """
-        stacks = {_stack(path) for path in targets if layer_of(path).isdigit()}
+        stacks = {_stack(path) or "" for path in targets if layer_of(path).isdigit()}
         if len(stacks) != 1:
             raise WrapError(
                 f"layout: needs targets in one stack of layers, found {sorted(stacks)};"

@@ -71,7 +71,7 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
             path=path,
             runtime=runtime,
             objectives=objectives,
-            generator=_generator(seed, path),
+            generator=generator_of(seed, path),
         )
         for path, base in targets.items()
     }
@@ -245,7 +245,7 @@ def check_wrappable(model: nn.Module) -> None:
         )
 
 
-def _generator(seed: int, path: str) -> torch.Generator:
+def generator_of(seed: int, path: str) -> torch.Generator:
     """Generator seeded by the seed and the module path."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

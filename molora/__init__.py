@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from molora.checkpoint import load as load
+from molora.clusters import choose_num_experts as choose_num_experts
 from molora.collapse.api import collapse as collapse
 from molora.collapse.report import CollapseResult as CollapseResult
 from molora.config import AdapterConfig as AdapterConfig

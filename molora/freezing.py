@@ -79,6 +79,7 @@ def set_trainable(site: MoloraLinear, train: Train, trainable: bool = True) -> N
     """
     for name, values in site.experts.named_parameters():
         trained = train == "all" or (train == "newest" and name.endswith(_NEW))
-        values.requires_grad_(trainable and trained)
+        kept = name in site.experts.frozen
+        values.requires_grad_(trainable and trained and not kept)
     for name, values in site.router.named_parameters() if site.router else ():
         values.requires_grad_(trainable and (train != "newest" or name.endswith(_NEW)))

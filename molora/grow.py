@@ -71,6 +71,11 @@ def _check(site: MoloraLinear) -> None:
             "with two experts, or bring several in with molora.import_peft"
         )
     router = site.router
+    if site.experts.frozen:
+        raise WrapError(
+            f"site {site.path!r}: the start of {type(site.experts).__name__} depends "
+            "on the number of experts, so none can be added; use lora experts"
+        )
     if not (isinstance(router, TopKRouter) and router.config.renormalize):
         raise WrapError(
             f"site {site.path!r}: the gates of {type(router).__name__} depend on every "

@@ -87,6 +87,7 @@ class MoloraLinear(nn.Module):
         for module in (self.experts, self.router):
             if module is not None:
                 module.to(device=base.weight.device)
+        self.experts.start(self._weight_OI())
 
     @property
     def weight(self) -> Any:
@@ -199,13 +200,14 @@ class MoloraLinear(nn.Module):
                 f"site {self.path!r} routes among {self.experts.num_experts} experts "
                 "per token, which no single weight equals; run molora.collapse first"
             )
-        return self.experts.delta_weight(0, self._weight_OI())
+        weight = self._weight_OI()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return self.experts.delta_weight(0, wide)
 
     def _weight_OI(self) -> Tensor:
-        """Weight of the frozen layer before any merge, at least float32."""
+        """Weight of the frozen layer before any merge."""
         weight = self.base_weight()
-        weight = weight.t() if isinstance(self.base, Conv1D) else weight
-        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return weight.t() if isinstance(self.base, Conv1D) else weight
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,12 @@ def read(name: str) -> RunConfig:
 @pytest.fixture(scope="module")
 def base(tiny_llama: Factory) -> Factory:
     """A model of 30 layers, as many as SmolLM2 has."""
-    return lambda: tiny_llama(num_hidden_layers=30, intermediate_size=48)
+
+    def make(**more: Any) -> PreTrainedModel:
+        shape = {"num_hidden_layers": 30, "intermediate_size": 48}
+        return tiny_llama(**shape | more)
+
+    return make
 
 
 def test_there_are_configs() -> None:
@@ -49,12 +55,14 @@ def test_it_is_built_and_every_trained_value_is_reached(
     file: Path, base: Factory
 ) -> None:
     config = load_run_config(file)
-    model = molora.wrap(base(), config.adapter, seed=config.seed)
+    # eight segments of four singular values need layers of 32 features
+    more = {"num_key_value_heads": 4} if file.stem == "goat" else {}
+    model = molora.wrap(base(**more), config.adapter, seed=config.seed)
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), molora.disabled(model):
         before = model(ids).logits
-    # the update is zero at the start
-    torch.testing.assert_close(model(ids).logits, before)
+    if all(site.experts.starts_at_zero for site in sites(model).values()):
+        torch.testing.assert_close(model(ids).logits, before)
     model.train()
     with torch.no_grad():
         for site in sites(model).values():
@@ -62,6 +70,9 @@ def test_it_is_built_and_every_trained_value_is_reached(
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in adapter_parameters(model).items():
+        if name.endswith(("A_start", "Bt_start")):
+            assert not parameter.requires_grad and parameter.grad is None
+            continue
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().sum() > 0, name

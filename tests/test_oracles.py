@@ -233,6 +233,63 @@ def test_mov(pre: str, position: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_goat(dtype: torch.dtype) -> None:
+    t = load("goat")
+    r, K, scale = int(t["rank_per_expert"]), int(t["top_k"]), float(t["scale"])
+    experts = {
+        "kind": "goat",
+        "num_experts": len(t["plain.router"]),
+        "r": r,
+        "lora_alpha": scale * r,
+        "rho": float(t["rho"]),
+        "init_cof": float(t["init_cof"]),
+    }
+    config = molora.AdapterConfig.from_dict(
+        {
+            "target_modules": ["lin"],
+            "experts": experts,
+            "router": {"kind": "topk", "top_k": K},
+            # its f sums to K
+            "balance": [{"kind": "switch", "weight": float(K)}],
+        }
+    )
+    layer = Layer(t["W0"].to(dtype), t["base.bias"].to(dtype))
+    model = molora.wrap(layer, config).to(dtype).train()
+    site: Any = sites(model)["lin"]
+    assert torch.equal(site.base.weight, t["W0"].to(dtype))
+    # once more in this dtype: banks are made in float32
+    site.experts.start(site.base.weight.detach())
+    with torch.no_grad():
+        site.router.gate.weight.copy_(t["plain.router"])
+        A, Bt = site.experts.A, site.experts.Bt
+        near(torch.einsum("ero,eri->eoi", Bt, A), t["init.BA"], "BA")
+        start = site.experts.Bt_start[0].t() @ site.experts.A_start[0]
+        left = site.base.weight + site.experts._correction * start
+        near(left, t["init.base_weight"], "base weight")
+        for e in range(len(A)):
+            own = scale * t["init.BA"][e] - (t["W0"] - t["init.base_weight"])
+            near(site.experts.delta_weight(e), own.float(), "delta")
+    x = t["x"].to(dtype).requires_grad_()
+    near(model(x).detach(), t["y"], "y from the SVD")
+    model.molora_runtime.stats = {}
+    with torch.no_grad():
+        # singular vectors have a free sign; the gradients belong to the stored ones
+        A.copy_(t["init.A"])
+        Bt.copy_(t["init.B"].transpose(1, 2))
+    with molora.record_routing(model) as trace:
+        y = model(x)
+    near(y.detach(), t["y"], "y")
+    near(trace.sites["lin"].gates[0], t["gates"], "gates")
+    (y * t["c"].to(dtype)).sum().backward()
+    near(A.grad, t["grad.A"], "A")
+    near(Bt.grad.transpose(1, 2), t["grad.B"], "B")
+    near(site.router.gate.weight.grad, t["grad.router"], "router")
+    near(x.grad, t["grad.x"], "x")
+    value = model.molora_runtime.stats["lin"].balance["switch"]
+    near(value, t["alt.aux_divided_by_k"], "aux")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_ldmole_softmax_and_its_losses(dtype: torch.dtype) -> None:
     t = load("ldmole_softmax")
     t |= {f"m0.{k}": v for k, v in t.items() if k == "scale"}

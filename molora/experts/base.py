@@ -30,11 +30,24 @@ class AbstractExperts(nn.Module, abc.ABC):
 
     A family supplies ``forward`` and ``delta_weight``, and ``edit_input`` and
     ``delta_bias`` where it acts there; a bilinear one derives from ``BilinearExperts``
-    and supplies ``factors`` only.
+    and supplies ``factors`` only. One that begins from the frozen weight supplies
+    ``start``.
     """
 
     Config: ClassVar[type[ExpertsConfig]]
+    starts_at_zero: ClassVar[bool] = True
+    """Whether the update is zero before training."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Parameters that are saved and never trained."""
     num_experts: int
+
+    def start(self, weight: Tensor) -> None:
+        """Take initial values from the frozen weight [O, I]; most families take none.
+
+        Args:
+            weight: In the dtype of the frozen layer.
+        """
+        return None
 
     def edit_input(self, x: Tensor, gates: Tensor | None) -> Tensor:
         """Change what the frozen layer reads; x itself where nothing changes.
@@ -93,7 +106,7 @@ class AbstractExperts(nn.Module, abc.ABC):
 class BilinearExperts(AbstractExperts):
     """Experts of the form delta_e(x) = scale_e * B_e (A_e x).
 
-    Everything but the factors is derived here, once, and not overridden.
+    Everything but the factors is derived here, once.
     """
 
     lora_dropout: float = 0.0

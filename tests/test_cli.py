@@ -418,6 +418,14 @@ def test_clusters_tells_a_number_of_experts(
     assert "4 rows cannot show up to 16" in capsys.readouterr().err
 
 
+def test_new_experts_are_not_trained_in_part(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["adapter.train=router", f"training.output_dir={folder / 'part'}"]
+    assert molora_cli("train", folder / "run.yaml", *changes) == 2
+    assert "adapter.train=router: this command starts" in capsys.readouterr().err
+
+
 def test_methods_lists_every_name_with_its_paper(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

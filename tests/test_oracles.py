@@ -179,6 +179,21 @@ def test_molora_without_renormalisation(variant: str, dtype: torch.dtype) -> Non
     check(t, *build(t, dtype, router=router), out=f"{variant}.")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_molora_on_attention_is_the_same_layer_by_heads(dtype: torch.dtype) -> None:
+    t = load("molora_mov")
+    pre = "attention."
+    model, site = build(t, dtype, router={"kind": "soft"}, pre=pre)
+    x = t[pre + "x"].to(dtype).requires_grad_()
+    y = model(x).view(t[pre + "c"].shape)
+    (y * t[pre + "c"].to(dtype)).sum().backward()
+    near(y.detach(), t[pre + "y"], "y")
+    near(x.grad, t[pre + "grad.x"], "x")
+    near(site.experts.A.grad, t[pre + "grad.A"], "A")
+    near(site.experts.Bt.grad.transpose(1, 2), t[pre + "grad.B"], "B")
+    near(site.router.gate.weight.grad, t[pre + "grad.router"], "router")
+
+
 def test_molora_renormalised_gates() -> None:
     t = load("molora_mov")
     router = {"kind": "topk", "top_k": int(t["top_k"])}

@@ -29,7 +29,6 @@ from molora.interop.peft_experts import ROUTER
 from molora.interop.peft_folder import PeftLora, read_lora
 from molora.layer import SUPPORTED, MoloraLinear, sizes
 from molora.model import check_wrappable, sites, unwrap, wrap
-from molora.targets import find_targets
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -168,8 +167,11 @@ def _config(
     """The most common settings, and an override for each site that differs."""
     texts = {path: json.dumps(one, sort_keys=True) for path, one in described.items()}
     usual = Counter(texts.values()).most_common(1)[0][0]
+    names = sorted({path.rpartition(".")[2] for path in described})
+    hits = {p for p, _ in model.named_modules() if p.rpartition(".")[2] in names}
+    exact = "|".join(re.escape(path) for path in described)
     raw = {
-        "target_modules": sorted({path.rpartition(".")[2] for path in described}),
+        "target_modules": names if hits == set(described) else exact,
         **json.loads(usual),
         "balance": [dict(item) for item in balance],
         "train": train,
@@ -179,10 +181,7 @@ def _config(
             if text != usual
         ],
     }
-    config = AdapterConfig.from_dict(raw, "import_peft")
-    if find_targets(model, config).keys() == described.keys():
-        return config
-    return AdapterConfig.from_dict({**raw, "target_modules": list(described)})
+    return AdapterConfig.from_dict(raw, "import_peft")
 
 
 def _changes(one: dict[str, Any], usual: str) -> dict[str, Any]:

@@ -120,6 +120,13 @@ def test_one_folder_is_an_ordinary_adapter(make: Any, tmp_path: Path) -> None:
     assert (logits(ours) - logits(theirs)).abs().max() < 1e-9
 
 
+def test_adapters_of_some_layers_leave_the_others(make: Any, tmp_path: Path) -> None:
+    settings = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
+    folders = [write(make(), tmp_path / str(n), n, **settings) for n in range(2)]
+    ours = molora.import_peft(make(), folders, router={"kind": "soft"})
+    assert list(sites(ours)) == ["model.layers.1.self_attn.q_proj"]
+
+
 @pytest.mark.parametrize("train", ["router", "all"])
 def test_training_the_routers_alone_or_everything(
     train: Any, make: Any, tmp_path: Path

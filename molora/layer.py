@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from molora.config import SiteConfig
 from molora.context import ForwardContext, Runtime, in_backward
 from molora.errors import RoutingError, WrapError
-from molora.experts import EXPERTS, AbstractExperts
+from molora.experts import EXPERTS, AbstractExperts, BilinearExperts
 from molora.records import SiteStats
 from molora.routers import ROUTERS, Routing
 from molora.routers.balance import Objective, attach
@@ -196,9 +196,12 @@ class MoloraLinear(nn.Module):
             WrapError: The bank has several experts, so no single update exists.
         """
         if self.experts.num_experts > 1:
+            advice = "run molora.collapse first"
+            if not isinstance(self.experts, BilinearExperts):
+                advice = "save the mixture itself, or train one expert, which merges"
             raise WrapError(
                 f"site {self.path!r} routes among {self.experts.num_experts} experts "
-                "per token, which no single weight equals; run molora.collapse first"
+                f"per token, which no single weight equals; {advice}"
             )
         weight = self._weight_OI()
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))

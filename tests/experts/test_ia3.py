@@ -153,8 +153,10 @@ def test_what_it_cannot_is_refused_with_what_works(make: Any, tmp_path: Path) ->
     model = wrapped(make("llama"), "llama", 4, "soft").float()
     with pytest.raises(WrapError, match=r"no low-rank factors.*molora\.merge is exact"):
         molora.collapse(model, "svd", show_progress=False)
-    with pytest.raises(WrapError, match="collapse"):
+    with pytest.raises(WrapError, match="train one expert, which merges"):
         molora.merge(model)
+    with pytest.raises(WrapError, match=r"molora\.merge folds one expert"):
+        molora.export_peft(model, tmp_path / "out")
     single = wrapped(make("llama"), "llama").float()
     with pytest.raises(WrapError, match=r"molora\.merge"):
         molora.export_peft(single, tmp_path / "out")

@@ -4,10 +4,14 @@ import importlib
 from types import ModuleType
 
 from molora.checkpoint import load as load
+from molora.clusters import choose_num_experts as choose_num_experts
 from molora.collapse.api import collapse as collapse
 from molora.collapse.report import CollapseResult as CollapseResult
 from molora.config import AdapterConfig as AdapterConfig
+from molora.grow import grow as grow
 from molora.interop.peft import export_peft as export_peft
+from molora.interop.peft_experts import export_peft_experts as export_peft_experts
+from molora.interop.peft_import import import_peft as import_peft
 from molora.model import disabled as disabled
 from molora.model import merge as merge
 from molora.model import record_routing as record_routing

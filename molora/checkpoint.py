@@ -26,6 +26,7 @@ from molora.fingerprint import (
     misfits,
     shortened,
 )
+from molora.freezing import set_trainable
 from molora.manifest import CARD, CONFIG, TENSORS, write_json
 from molora.manifest import write_manifest as write_manifest
 from molora.model import adapter_parameters, check_wrappable, sites, unwrap, wrap
@@ -137,7 +138,7 @@ def load(
     Args:
         base_model: The model that the adapter was trained on, in any floating dtype.
         folder: What ``save_pretrained`` wrote, or a trainer's checkpoint.
-        trainable: Leave the adapter's parameters trainable.
+        trainable: Leave trainable what the adapter's config says is trained.
         allow_base_mismatch: Accept a base with other weights or config, for example a
             further trained one. Its layers must still have the same shapes.
 
@@ -164,8 +165,8 @@ def load(
         undo.callback(unwrap, base_model)
         _fill(base_model, saved)
         undo.pop_all()
-    for parameter in adapter_parameters(base_model).values():
-        parameter.requires_grad_(trainable)
+    for site in sites(base_model).values():
+        set_trainable(site, saved.config.train, trainable)
     return base_model
 
 

@@ -6,7 +6,7 @@ Heavy modules are imported inside the commands, so that ``--help`` answers at on
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -260,6 +260,24 @@ def validate(
     from molora.commands import show
 
     show.validate(run, deep)
+
+
+@app.command(epilog="Example: molora clusters run.yaml --rule silhouette")
+def clusters(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    rule: Annotated[
+        Literal["elbow", "silhouette"], typer.Option(help="How the number is chosen.")
+    ] = "elbow",
+    largest: Annotated[int, typer.Option(min=2, help="Largest number tried.")] = 16,
+    rows: Annotated[int, typer.Option(min=3, help="Training rows to embed.")] = 512,
+    json: Json = None,
+) -> None:
+    """Choose the number of experts by k-means over the training rows."""
+    run = _read(config, overrides)
+    from molora.commands import clusters as command
+
+    command.clusters(run, rule, largest, rows, json)
 
 
 @app.command(epilog="Example: molora methods")

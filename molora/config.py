@@ -7,7 +7,7 @@ refused when the config is built; what needs the model (targets) when it is wrap
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pydantic
 import yaml
@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from molora.errors import ConfigError
 from molora.experts import EXPERTS
 from molora.experts.base import ExpertsConfig
+from molora.layout import Layout
 from molora.routers import OBJECTIVES, ROUTERS
 from molora.routers.balance import ObjectiveConfig
 from molora.routers.base import RouterConfig
@@ -74,8 +75,13 @@ class AdapterConfig(Schema):
     """How tokens choose experts."""
     balance: list[pydantic.SerializeAsAny[ObjectiveConfig]] = []
     """Objectives added to the loss, per routed site."""
+    train: Literal["all", "router", "newest"] = "all"
+    """What is trained: all, the routers over frozen experts, or only the newest expert
+    of each layer with its row of the router."""
+    layout: Layout | None = None
+    """num_experts by depth (MoLA), instead of one number for all layers."""
     overrides: list[Override] = []
-    """Other settings for some layers; the first match wins."""
+    """Other settings for some layers; the first match wins, and wins over layout."""
 
     @pydantic.field_validator("experts", "router", mode="before")
     @classmethod
@@ -113,12 +119,20 @@ class AdapterConfig(Schema):
     def _means_something(self) -> Self:
         if not self.target_modules:
             raise ValueError("target_modules: name at least one layer, or all-linear")
-        _check_pair(self.experts, self.router, "")
+        if self.layout is None:
+            _check_pair(self.experts, self.router, "")
+        else:
+            self._check_layout(self.layout)
         for i, override in enumerate(self.overrides):
-            self._merged(override, f"overrides[{i}].")
+            self._check_override(override, f"overrides[{i}].")
         kinds = [objective.kind for objective in self.balance]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"balance: an objective is listed twice: {kinds}")
+        if self.train != "all" and not self._any_routed():
+            raise ValueError(
+                f"train: {self.train} leaves nothing to train, every layer has one "
+                "expert; set train: all or num_experts above 1"
+            )
         if self.balance and not self._any_routed():
             raise ValueError(
                 "balance: there is nothing to balance, every layer has one expert; "
@@ -139,14 +153,52 @@ class AdapterConfig(Schema):
         return cls.from_dict(raw)
 
     def site(self, path: str) -> SiteConfig:
-        """Settings of the target layer at a module path."""
+        """Settings of the target layer at a module path.
+
+        Raises:
+            ConfigError: An override does not fit the layer's number of experts.
+            WrapError: The layout gives the layer none; see ``Layout.count``.
+        """
+        experts = self.experts
+        if self.layout is not None:
+            experts = self._with_count(self.layout.count(path))
         for i, override in enumerate(self.overrides):
             if re.search(override.match, path):
-                return self._merged(override, f"overrides[{i}].")
-        return SiteConfig(experts=self.experts, router=self.router)
+                return self._merged(override, f"overrides[{i}].", experts)
+        return SiteConfig(experts=experts, router=self.router)
 
-    def _merged(self, override: Override, where: str) -> SiteConfig:
-        experts = _replace(EXPERTS, self.experts, override.experts, where + "experts")
+    def _with_count(self, count: int) -> ExpertsConfig:
+        changes = {"num_experts": count}
+        experts = _replace(EXPERTS, self.experts, changes, "experts")
+        assert isinstance(experts, ExpertsConfig)
+        return experts
+
+    def _check_layout(self, layout: Layout) -> None:
+        if self.experts.num_experts != 1:
+            raise ConfigError(
+                f"experts.num_experts={self.experts.num_experts} has no effect beside "
+                "layout, which sets it for every layer; drop one of them"
+            )
+        for count in layout.counts:
+            _check_pair(self._with_count(count), self.router, "layout.counts: ")
+
+    def _check_override(self, override: Override, where: str) -> None:
+        """Refuse an override that fits none of the layers it might match."""
+        counts = [None] if self.layout is None else self.layout.counts
+        problems = []
+        for count in counts:
+            experts = self.experts if count is None else self._with_count(count)
+            try:
+                self._merged(override, where, experts)
+            except ConfigError as error:
+                problems.append(error)
+        if len(problems) == len(counts):
+            raise problems[0]
+
+    def _merged(
+        self, override: Override, where: str, before: ExpertsConfig
+    ) -> SiteConfig:
+        experts = _replace(EXPERTS, before, override.experts, where + "experts")
         router = _replace(ROUTERS, self.router, override.router, where + "router")
         _check_pair(experts, router, where)
         if override.router and router.kind != "none" and experts.num_experts == 1:
@@ -157,8 +209,10 @@ class AdapterConfig(Schema):
         return SiteConfig(experts=experts, router=router)
 
     def _any_routed(self) -> bool:
-        sites = [self._merged(o, "overrides.").experts for o in self.overrides]
-        return any(experts.num_experts > 1 for experts in [self.experts, *sites])
+        counts = [self.experts.num_experts]
+        counts += [] if self.layout is None else self.layout.counts
+        counts += [o.experts.get("num_experts", 1) for o in self.overrides]
+        return max(counts) > 1
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from molora.config import SiteConfig
 from molora.context import ForwardContext, Runtime, in_backward
 from molora.errors import RoutingError, WrapError
-from molora.experts import EXPERTS, AbstractExperts
+from molora.experts import EXPERTS, AbstractExperts, BilinearExperts
 from molora.records import SiteStats
 from molora.routers import ROUTERS, Routing
 from molora.routers.balance import Objective, attach
@@ -67,6 +67,7 @@ class MoloraLinear(nn.Module):
         self.runtime = runtime
         self.objectives = list(objectives)
         self.backup: Tensor | None = None
+        self.backup_bias: Tensor | None = None
         experts = EXPERTS[site.experts.kind]
         self.experts: AbstractExperts = experts(
             site.experts,
@@ -87,6 +88,7 @@ class MoloraLinear(nn.Module):
         for module in (self.experts, self.router):
             if module is not None:
                 module.to(device=base.weight.device)
+        self.experts.start(self._weight_OI())
 
     @property
     def weight(self) -> Any:
@@ -121,27 +123,31 @@ class MoloraLinear(nn.Module):
             plain: Tensor = self.base(x)
             return plain
         x_TI = x.reshape(-1, self.in_features)
-        base: Any
-        if self.experts.takes_layer and x.requires_grad and torch.is_grad_enabled():
-            base = functools.partial(self._base, x.shape)
-        else:
-            base = self._base(x.shape, x_TI, x)
         shape = *x.shape[:-1], self.out_features
         if self.router is None:
-            single_TO: Tensor = self.experts(x_TI, None, base)
+            single_TO: Tensor = self.experts(x_TI, None, self._base(x, x_TI, None))
             return single_TO.view(shape)
         watched = bool(self.objectives) and self.training
         watched = watched or runtime.trace is not None or runtime.stats is not None
         context = runtime.context_for(self.path, needed=watched)
         routing: Routing = self.router(x_TI, context)
+        base = self._base(x, x_TI, routing.gates)
         y_TO: Tensor = self.experts(x_TI, routing.gates, base, routing.top_k)
         if watched:
             y_TO = self._watch(y_TO, routing, context, x.shape)
         return y_TO.view(shape)
 
-    def _base(self, shape: torch.Size, x_TI: Tensor, x: Tensor | None = None) -> Tensor:
-        """Output of the frozen layer as [T, O]; it sees x as the model made it."""
-        y: Tensor = self.base(x_TI.view(shape) if x is None else x)
+    def _base(self, x: Tensor, x_TI: Tensor, gates: Tensor | None) -> Tensor | Layer:
+        """Output of the frozen layer as [T, O], or that layer where experts call it."""
+        if self.experts.takes_layer and x.requires_grad and torch.is_grad_enabled():
+            return functools.partial(self._frozen, x.shape)
+        edited_TI = self.experts.edit_input(x_TI, gates)
+        y: Tensor = self.base(x if edited_TI is x_TI else edited_TI.view(x.shape))
+        return y.reshape(-1, self.out_features)
+
+    def _frozen(self, shape: torch.Size, x_TI: Tensor) -> Tensor:
+        """The frozen layer from [T, I] to [T, O]; it sees x as the model shaped it."""
+        y: Tensor = self.base(x_TI.view(shape))
         return y.reshape(-1, self.out_features)
 
     def _watch(
@@ -195,27 +201,48 @@ class MoloraLinear(nn.Module):
             WrapError: The bank has several experts, so no single update exists.
         """
         if self.experts.num_experts > 1:
+            advice = "run molora.collapse first"
+            if not isinstance(self.experts, BilinearExperts):
+                advice = "save the mixture itself, or train one expert, which merges"
             raise WrapError(
                 f"site {self.path!r} routes among {self.experts.num_experts} experts "
-                "per token, which no single weight equals; run molora.collapse first"
+                f"per token, which no single weight equals; {advice}"
             )
-        return self.experts.delta_weight(0)
+        weight = self._weight_OI()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return self.experts.delta_weight(0, wide)
+
+    def _weight_OI(self) -> Tensor:
+        """Weight of the frozen layer before any merge."""
+        weight = self.base_weight()
+        return weight.t() if isinstance(self.base, Conv1D) else weight
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the update into the base weight; keep the original bytes."""
+        """Fold the update into base weight and bias; keep the original bytes."""
         assert self.backup is None
         delta_OI = self.delta_weight()
-        weight = self.base.weight
+        weight, bias = self.base.weight, self.base.bias
         assert isinstance(weight, nn.Parameter)
         delta = delta_OI.t() if isinstance(self.base, Conv1D) else delta_OI
-        merged = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(
-            weight.dtype
-        )
-        if not torch.isfinite(merged).all():
-            raise WrapError(f"site {self.path!r}: the merged weight is not finite")
+        merged = self._sum(weight, delta)
+        delta_O = None
+        if isinstance(bias, nn.Parameter):
+            delta_O = self.experts.delta_bias(0, bias)
+        if isinstance(bias, nn.Parameter) and delta_O is not None:
+            merged_bias = self._sum(bias, delta_O)
+            self.backup_bias = bias.detach().clone()
+            bias.copy_(merged_bias)
         self.backup = weight.detach().clone()
         weight.copy_(merged)
+
+    def _sum(self, values: Tensor, delta: Tensor) -> Tensor:
+        """Add in the wider dtype, return in that of the values."""
+        wide = torch.promote_types(values.dtype, delta.dtype)
+        merged = (values.to(wide) + delta).to(values.dtype)
+        if not torch.isfinite(merged).all():
+            raise WrapError(f"site {self.path!r}: the merged weight is not finite")
+        return merged
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -225,6 +252,11 @@ class MoloraLinear(nn.Module):
         assert isinstance(weight, nn.Parameter)
         weight.copy_(self.backup)
         self.backup = None
+        if self.backup_bias is not None:
+            bias = self.base.bias
+            assert isinstance(bias, nn.Parameter)
+            bias.copy_(self.backup_bias)
+            self.backup_bias = None
 
     def base_weight(self) -> Tensor:
         """Weight of the frozen layer as it was before any merge."""

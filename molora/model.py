@@ -15,6 +15,7 @@ from torch import nn
 from molora.config import AdapterConfig
 from molora.context import Runtime
 from molora.errors import WrapError
+from molora.freezing import set_trainable, split_newest
 from molora.layer import MoloraLinear
 from molora.records import RoutingTrace
 from molora.routers import OBJECTIVES
@@ -44,10 +45,15 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
 
     Raises:
         WrapError: The model is wrapped already, is a PEFT model, has a quantiser that
-            cannot be trained, or the targets do not fit. The model is left untouched.
+            cannot be trained, or the targets or the layout do not fit. The model is
+            left untouched.
     """
     check_wrappable(model)
     targets = find_targets(model, config)
+    if config.layout is not None:
+        names = [name for name, _ in model.named_modules()]
+        layout = config.layout.placed(names, list(targets))
+        config = config.model_copy(update={"layout": layout})
     runtime = Runtime()
     routed = sum(config.site(path).experts.num_experts > 1 for path in targets)
     if config.balance and not routed:
@@ -65,10 +71,14 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
             path=path,
             runtime=runtime,
             objectives=objectives,
-            generator=_generator(seed, path),
+            generator=generator_of(seed, path),
         )
         for path, base in targets.items()
     }
+    for bank in banks.values():
+        if config.train == "newest":
+            split_newest(bank)
+        set_trainable(bank, config.train)
     frozen = {n: p.requires_grad for n, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -235,7 +245,7 @@ def check_wrappable(model: nn.Module) -> None:
         )
 
 
-def _generator(seed: int, path: str) -> torch.Generator:
+def generator_of(seed: int, path: str) -> torch.Generator:
     """Generator seeded by the seed and the module path."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -402,6 +402,30 @@ def test_deep_validation_loads_the_base(
     assert "Did you mean 'up_proj'" in capsys.readouterr().err
 
 
+def test_clusters_tells_a_number_of_experts(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = folder / "run.yaml", folder / "clusters.json"
+    options = ["--rule", "silhouette", "--largest", 5, "--rows", 18, "--json", file]
+    assert molora_cli("clusters", run, *options) == 0
+    found = json.loads(file.read_text())
+    assert f"num_experts: {found['num_experts']}" in capsys.readouterr().out
+    # two tasks whose rows end alike
+    assert found["num_experts"] == 2
+    assert sum(found["sizes"]) == 18
+    assert list(found["inertia"]) == ["1", "2", "3", "4", "5"]
+    assert molora_cli("clusters", run, "--rows", 4) == 2
+    assert "4 rows cannot show up to 16" in capsys.readouterr().err
+
+
+def test_new_experts_are_not_trained_in_part(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["adapter.train=router", f"training.output_dir={folder / 'part'}"]
+    assert molora_cli("train", folder / "run.yaml", *changes) == 2
+    assert "adapter.train=router: this command starts" in capsys.readouterr().err
+
+
 def test_methods_lists_every_name_with_its_paper(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

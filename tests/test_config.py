@@ -47,7 +47,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         ["overrides[0].experts.numexperts: unknown field.", "'num_experts'?"],
     ),
     ({"experts": {**E4, "lora-alpha": 2.0}}, ["experts.lora-alpha: unknown", "'lora_"]),
-    ({"int": 1}, ["int: unknown field. Known fields: balance"]),
+    ({"int": 1}, ["int: unknown field.", "Known fields: balance"]),
     ({"r[0]": 1}, ["r[0]: unknown field"]),
     ({"target_modules": ...}, ["target_modules: this field is required"]),
     ({"experts": ...}, ["experts: this field is required"]),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,17 @@ def read(name: str) -> RunConfig:
 @pytest.fixture(scope="module")
 def base(tiny_llama: Factory) -> Factory:
     """A model of 30 layers, as many as SmolLM2 has."""
-    return lambda: tiny_llama(num_hidden_layers=30, intermediate_size=48)
+
+    def make(**more: Any) -> PreTrainedModel:
+        shape = {"num_hidden_layers": 30, "intermediate_size": 48}
+        return tiny_llama(**shape | more)
+
+    return make
 
 
 def test_there_are_configs() -> None:
     names = {file.stem for file in FILES}
-    assert {"quickstart", "lora", "molora", "topk", "mola", "hydralora"} <= names
+    assert {"quickstart", "lora", "molora", "topk", "mola", "hydralora", "mov"} <= names
 
 
 @each_file
@@ -49,18 +55,24 @@ def test_it_is_built_and_every_trained_value_is_reached(
     file: Path, base: Factory
 ) -> None:
     config = load_run_config(file)
-    model = molora.wrap(base(), config.adapter, seed=config.seed)
+    # eight segments of four singular values need layers of 32 features
+    more = {"num_key_value_heads": 4} if file.stem == "goat" else {}
+    model = molora.wrap(base(**more), config.adapter, seed=config.seed)
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), molora.disabled(model):
         before = model(ids).logits
-    # the update is zero at the start
-    torch.testing.assert_close(model(ids).logits, before)
+    if all(site.experts.starts_at_zero for site in sites(model).values()):
+        torch.testing.assert_close(model(ids).logits, before)
     model.train()
     with torch.no_grad():
         for site in sites(model).values():
-            site.experts.Bt.normal_(std=0.1)
+            for parameter in site.experts.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in adapter_parameters(model).items():
+        if name.endswith(("A_start", "Bt_start")):
+            assert not parameter.requires_grad and parameter.grad is None
+            continue
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().sum() > 0, name
@@ -83,14 +95,32 @@ def test_molora_has_the_sizes_of_the_authors_code(base: Factory) -> None:
     assert read("molora").adapter.balance == []
 
 
-def test_mola_has_more_experts_in_higher_layers(base: Factory) -> None:
-    model = molora.wrap(base(), read("mola").adapter)
+def test_mov_scales_keys_values_and_what_the_mlp_reads_last(base: Factory) -> None:
+    model = molora.wrap(base(), read("mov").adapter)
+    found = sites(model)
+    shapes = {p.split(".")[-1]: s.experts.vectors.shape for p, s in found.items()}
+    # 2 of 4 heads of 8 for keys and values; 48 values before the last linear
+    assert shapes == {"k_proj": (30, 16), "v_proj": (30, 16), "down_proj": (30, 48)}
+    assert len(found) == 30 * 3
+
+
+MOLA = {
+    "mola": [2] * 7 + [4] * 8 + [6] * 8 + [8] * 7,
+    "mola_triangle": [8] * 7 + [6] * 8 + [4] * 8 + [2] * 7,
+    "mola_hourglass": [8] * 7 + [2] * 16 + [8] * 7,
+    "mola_rectangle": [5] * 30,
+}
+
+
+@pytest.mark.parametrize("name", MOLA)
+def test_mola_has_the_shape_of_its_name(name: str, base: Factory) -> None:
+    model = molora.wrap(base(), read(name).adapter)
     found = sites(model)
     counts = [
         {s.experts.num_experts for p, s in found.items() if f"layers.{i}." in p}
         for i in range(30)
     ]
-    assert counts == [{2}] * 7 + [{4}] * 8 + [{6}] * 8 + [{8}] * 7
+    assert counts == [{count} for count in MOLA[name]]
     assert len(found) == 30 * 7
 
 

@@ -179,6 +179,21 @@ def test_molora_without_renormalisation(variant: str, dtype: torch.dtype) -> Non
     check(t, *build(t, dtype, router=router), out=f"{variant}.")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_molora_on_attention_is_the_same_layer_by_heads(dtype: torch.dtype) -> None:
+    t = load("molora_mov")
+    pre = "attention."
+    model, site = build(t, dtype, router={"kind": "soft"}, pre=pre)
+    x = t[pre + "x"].to(dtype).requires_grad_()
+    y = model(x).view(t[pre + "c"].shape)
+    (y * t[pre + "c"].to(dtype)).sum().backward()
+    near(y.detach(), t[pre + "y"], "y")
+    near(x.grad, t[pre + "grad.x"], "x")
+    near(site.experts.A.grad, t[pre + "grad.A"], "A")
+    near(site.experts.Bt.grad.transpose(1, 2), t[pre + "grad.B"], "B")
+    near(site.router.gate.weight.grad, t[pre + "grad.router"], "router")
+
+
 def test_molora_renormalised_gates() -> None:
     t = load("molora_mov")
     router = {"kind": "topk", "top_k": int(t["top_k"])}
@@ -186,6 +201,107 @@ def test_molora_renormalised_gates() -> None:
     with molora.record_routing(model) as trace:
         model(t["x"])
     near(trace.sites["lin"].gates[0], t["alt.topk.gates_renormalised"])
+
+
+def scaling(wide: int, heads: int, experts: int, position: str) -> Any:
+    """Identity layers of a number of heads under (IA)^3 mixtures."""
+    raw = {
+        "target_modules": r"\d",
+        "experts": {"kind": "ia3", "num_experts": experts, "position": position},
+        "router": {"kind": "soft"},
+    }
+    layers = nn.ModuleList(nn.Linear(wide, wide, bias=False) for _ in range(heads))
+    for layer in layers:
+        nn.init.eye_(layer.weight)  # type: ignore[arg-type]
+    return molora.wrap(layers, molora.AdapterConfig.from_dict(raw))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("position", ["input", "output"])
+@pytest.mark.parametrize("pre", ["mov.", "mov_attention."])
+def test_mov(pre: str, position: str, dtype: torch.dtype) -> None:
+    """A layer that is the identity leaves x times its gated vectors.
+
+    The attention form has one router for all heads and vectors for each, which is one
+    site for each head with the same router.
+    """
+    t = load("molora_mov")
+    by_head = pre == "mov_attention."
+    vectors = t[pre + "vectors"] if by_head else t[pre + "vectors"][None]
+    heads, experts, wide = vectors.shape
+    model = scaling(wide, heads, experts, position).to(dtype)
+    for number, site in enumerate(sites(model).values()):
+        with torch.no_grad():
+            site.experts.vectors.copy_(vectors[number])  # type: ignore
+            site.router.gate.weight.copy_(t[pre + "plain.router"])  # type: ignore
+    x = t[pre + "x"].to(dtype).requires_grad_()
+    parts = x.view(*x.shape[:2], heads, wide).unbind(2)
+    y = torch.stack([m(part) for m, part in zip(model, parts, strict=True)], 2)
+    (y.view(x.shape) * t[pre + "c"].to(dtype)).sum().backward()
+    near(y.view(x.shape).detach(), t[pre + "y"], "y")
+    near(x.grad, t[pre + "grad.x"], "x")
+    found: list[Any] = list(sites(model).values())
+    got = torch.stack([site.experts.vectors.grad for site in found])
+    near(got if by_head else got[0], t[pre + "grad.vectors"], "vectors")
+    routers = torch.stack([site.router.gate.weight.grad for site in found])
+    near(routers.sum(0), t[pre + "grad.router"], "router")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_goat(dtype: torch.dtype) -> None:
+    t = load("goat")
+    r, K, scale = int(t["rank_per_expert"]), int(t["top_k"]), float(t["scale"])
+    experts = {
+        "kind": "goat",
+        "num_experts": len(t["plain.router"]),
+        "r": r,
+        "lora_alpha": scale * r,
+        "rho": float(t["rho"]),
+        "init_cof": float(t["init_cof"]),
+    }
+    config = molora.AdapterConfig.from_dict(
+        {
+            "target_modules": ["lin"],
+            "experts": experts,
+            "router": {"kind": "topk", "top_k": K},
+            # its f sums to K
+            "balance": [{"kind": "switch", "weight": float(K)}],
+        }
+    )
+    layer = Layer(t["W0"].to(dtype), t["base.bias"].to(dtype))
+    model = molora.wrap(layer, config).to(dtype).train()
+    site: Any = sites(model)["lin"]
+    assert torch.equal(site.base.weight, t["W0"].to(dtype))
+    # once more in this dtype: banks are made in float32
+    site.experts.start(site.base.weight.detach())
+    with torch.no_grad():
+        site.router.gate.weight.copy_(t["plain.router"])
+        A, Bt = site.experts.A, site.experts.Bt
+        near(torch.einsum("ero,eri->eoi", Bt, A), t["init.BA"], "BA")
+        start = site.experts.Bt_start[0].t() @ site.experts.A_start[0]
+        left = site.base.weight + site.experts._correction * start
+        near(left, t["init.base_weight"], "base weight")
+        for e in range(len(A)):
+            own = scale * t["init.BA"][e] - (t["W0"] - t["init.base_weight"])
+            near(site.experts.delta_weight(e), own.float(), "delta")
+    x = t["x"].to(dtype).requires_grad_()
+    near(model(x).detach(), t["y"], "y from the SVD")
+    model.molora_runtime.stats = {}
+    with torch.no_grad():
+        # singular vectors have a free sign; the gradients belong to the stored ones
+        A.copy_(t["init.A"])
+        Bt.copy_(t["init.B"].transpose(1, 2))
+    with molora.record_routing(model) as trace:
+        y = model(x)
+    near(y.detach(), t["y"], "y")
+    near(trace.sites["lin"].gates[0], t["gates"], "gates")
+    (y * t["c"].to(dtype)).sum().backward()
+    near(A.grad, t["grad.A"], "A")
+    near(Bt.grad.transpose(1, 2), t["grad.B"], "B")
+    near(site.router.gate.weight.grad, t["grad.router"], "router")
+    near(x.grad, t["grad.x"], "x")
+    value = model.molora_runtime.stats["lin"].balance["switch"]
+    near(value, t["alt.aux_divided_by_k"], "aux")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -239,16 +355,11 @@ def test_mola_balance_is_averaged_over_modules(masked: bool) -> None:
     config = molora.AdapterConfig.from_dict(
         {
             "target_modules": r"layers\.\d\.\d",
-            "experts": {"kind": "lora", "num_experts": n0, "r": 1},
+            "layout": {"shape": "inverted_triangle", "counts": [n0, n1]},
+            "experts": {"kind": "lora", "r": 1},
             "router": {"kind": "topk", "top_k": k0},
             "balance": [{"kind": "switch", "weight": 0.5}],
-            "overrides": [
-                {
-                    "match": r"layers\.1\.",
-                    "experts": {"num_experts": n1},
-                    "router": {"top_k": k1},
-                }
-            ],
+            "overrides": [{"match": r"layers\.1\.", "router": {"top_k": k1}}],
         }
     )
     model: Any = molora.wrap(Layers([n0, n1]), config).double().train()

@@ -74,7 +74,8 @@ class SiteFactors:
         if not isinstance(experts, BilinearExperts):
             raise WrapError(
                 f"site {site.path!r}: {type(experts).__name__} has no low-rank "
-                "factors, so it cannot be collapsed"
+                "factors, so it cannot be collapsed. Deploy the mixture itself "
+                "(save_pretrained, molora.load); with one expert, molora.merge is exact"
             )
         factors = experts.factors()
         A, Bt = factors[0].detach(), factors[1].detach()

@@ -107,20 +107,26 @@ def export(config: RunConfig, adapter: Path, output: Path) -> None:
 
 
 def calibration(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: int | None = None
 ) -> list[dict[str, Any]]:
     """Batches of training rows, those that an epoch would begin with.
+
+    Args:
+        config: The run.
+        tokenizer: Writes the rows.
+        rows: How many; None takes ``collapse.calibration_rows``.
 
     Returns:
         What the model takes, and the names of the rows' tasks under ``tasks``.
     """
     mixture = build_mixture(config.data, tokenizer)
     order = MixtureSampler(mixture, config.seed).draw(0)
-    rows = [mixture[i] for i in order[: config.collapse.calibration_rows]]
+    count = config.collapse.calibration_rows if rows is None else rows
+    chosen = [mixture[i] for i in order[:count]]
     collate = Collator(session.filler(tokenizer))
     batches: list[dict[str, Any]] = []
-    for start in range(0, len(rows), BATCH):
-        batch: dict[str, Any] = collate(rows[start : start + BATCH])
+    for start in range(0, len(chosen), BATCH):
+        batch: dict[str, Any] = collate(chosen[start : start + BATCH])
         ids = batch.pop("task_ids").tolist()
         batches.append({**batch, "tasks": [mixture.task_names[i] for i in ids]})
     return batches

@@ -125,7 +125,8 @@ def validate(config: RunConfig, deep: bool) -> None:
     if deep:
         model, tokenizer = session.base(config)
         molora.wrap(model, config.adapter, seed=config.seed)
-        values = sum(p.numel() for p in adapter_parameters(model).values())
+        trained = [p for p in adapter_parameters(model).values() if p.requires_grad]
+        values = sum(p.numel() for p in trained)
         session.note(f"{len(sites(model))} target layers, {values:,} trained values")
         build_mixture(config.data, tokenizer).summary.print(session.out)
         session.eval_sets(config, tokenizer)

@@ -32,6 +32,12 @@ def train(config: RunConfig, resume: bool) -> None:
             f"{folder} holds {earlier[0].name} of an earlier run: go on from its "
             "checkpoints with --resume, delete it, or set another training.output_dir"
         )
+    if config.adapter.train != "all":
+        raise ConfigError(
+            f"adapter.train={config.adapter.train}: this command starts from new "
+            "experts, which are to be trained; set train: all, or bring in trained "
+            "ones with molora.import_peft or molora.grow and use MoloraTrainer"
+        )
     arguments, settings = build_arguments(config.training)
     model, tokenizer = session.base(config)
     mixture = build_mixture(config.data, tokenizer)
@@ -39,7 +45,8 @@ def train(config: RunConfig, resume: bool) -> None:
     eval_sets = session.eval_sets(config, tokenizer)
     in_between = arguments.eval_strategy != IntervalStrategy.NO
     molora.wrap(model, config.adapter, seed=config.seed)
-    values = sum(p.numel() for p in adapter_parameters(model).values())
+    trained = [p for p in adapter_parameters(model).values() if p.requires_grad]
+    values = sum(p.numel() for p in trained)
     session.note(f"{len(sites(model))} target layers, {values:,} trained values")
     trainer = MoloraTrainer(
         model=model,

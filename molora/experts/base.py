@@ -28,14 +28,41 @@ class ExpertsConfig(Schema):
 class AbstractExperts(nn.Module, abc.ABC):
     """E updates of one frozen layer.
 
-    A family supplies ``forward`` and ``delta_weight``; a bilinear one derives from
-    ``BilinearExperts`` and supplies ``factors`` only.
+    A family supplies ``forward`` and ``delta_weight``, and ``edit_input`` and
+    ``delta_bias`` where it acts there; a bilinear one derives from ``BilinearExperts``
+    and supplies ``factors`` only. One that begins from the frozen weight supplies
+    ``start``.
     """
 
     Config: ClassVar[type[ExpertsConfig]]
     takes_layer: ClassVar[bool] = False
-    """Whether ``forward`` also takes the frozen layer itself in place of its output."""
+    """Whether ``forward`` also takes the frozen layer itself in place of its output; then
+    ``edit_input`` changes nothing."""
+    starts_at_zero: ClassVar[bool] = True
+    """Whether the update is zero before training."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Parameters that are saved and never trained."""
     num_experts: int
+
+    def start(self, weight: Tensor) -> None:
+        """Take initial values from the frozen weight [O, I]; most families take none.
+
+        Args:
+            weight: In the dtype of the frozen layer.
+        """
+        return None
+
+    def edit_input(self, x: Tensor, gates: Tensor | None) -> Tensor:
+        """Change what the frozen layer reads; x itself where nothing changes.
+
+        Args:
+            x: [T, I] inputs, which the router has read.
+            gates: [T, E]; None means one expert with gate 1.
+
+        Returns:
+            [T, I] in the dtype of x.
+        """
+        return x
 
     @abc.abstractmethod
     def forward(
@@ -50,7 +77,7 @@ class AbstractExperts(nn.Module, abc.ABC):
         Args:
             x: [T, I] inputs.
             gates: [T, E]; None means one expert with gate 1.
-            base: [T, O] output of the frozen layer.
+            base: [T, O] output of the frozen layer for the edited input.
             top_k: At most so many gates of a token are not zero, and the gradient of
                 the others is not read; None promises nothing.
 
@@ -59,8 +86,20 @@ class AbstractExperts(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def delta_weight(self, expert: int) -> Tensor:
-        """Dense update of one expert with its scale, [O, I] float32."""
+    def delta_weight(self, expert: int, weight: Tensor) -> Tensor:
+        """Dense update of one expert with its scale.
+
+        Args:
+            expert: Its number.
+            weight: [O, I] of the frozen layer, which some families scale.
+
+        Returns:
+            [O, I], at least float32.
+        """
+
+    def delta_bias(self, expert: int, bias: Tensor) -> Tensor | None:
+        """What one expert adds to the bias [O] of the frozen layer; None: nothing."""
+        return None
 
     @abc.abstractmethod
     def count(self) -> int:
@@ -70,7 +109,7 @@ class AbstractExperts(nn.Module, abc.ABC):
 class BilinearExperts(AbstractExperts):
     """Experts of the form delta_e(x) = scale_e * B_e (A_e x).
 
-    Everything but the factors is derived here, once, and not overridden.
+    Everything but the factors is derived here, once.
     """
 
     takes_layer = True
@@ -122,8 +161,8 @@ class BilinearExperts(AbstractExperts):
         b_rO = Bt[expert % Bt.shape[0]].detach().float()
         return a_rI, self.scales()[expert] * b_rO
 
-    def delta_weight(self, expert: int) -> Tensor:
-        """See base class."""
+    def delta_weight(self, expert: int, weight: Tensor | None = None) -> Tensor:
+        """See base class; the frozen weight is not read."""
         a_rI, b_rO = self.expert_factors(expert)
         return b_rO.t() @ a_rI
 

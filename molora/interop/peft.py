@@ -52,27 +52,29 @@ def export_peft(model: nn.Module, folder: str | Path) -> None:
         tensors[f"{key}.lora_B.weight"] = b_RO.t().cpu().contiguous()
     with atomic_folder(folder) as temp:
         save_file(tensors, temp / TENSORS, metadata={"format": "pt"})
-        write_json(temp / CONFIG, _config(model, found, rank))
+        write_json(temp / CONFIG, peft_config(model, found, rank))
         write_manifest(temp)
 
 
 def _factors(site: MoloraLinear) -> tuple[Tensor, Tensor]:
     """A [r, I] and B^T [r, O] of the only expert, its scale in B."""
     experts = site.experts
-    if experts.num_experts > 1:
-        raise WrapError(
-            f"site {site.path!r} routes among {experts.num_experts} experts, which a "
-            "PEFT LoRA cannot do; run molora.collapse first"
-        )
     if not isinstance(experts, BilinearExperts):
         raise WrapError(
             f"site {site.path!r} holds {type(experts).__name__}, which is no product "
-            "of two factors, so no LoRA equals it"
+            "of two factors, so no LoRA equals it; molora.merge folds one expert into "
+            "the base"
+        )
+    if experts.num_experts > 1:
+        raise WrapError(
+            f"site {site.path!r} routes among {experts.num_experts} experts, which a "
+            "PEFT LoRA cannot do; run molora.collapse first, or write one LoRA per "
+            "expert with molora.export_peft_experts"
         )
     return experts.expert_factors(0)
 
 
-def _config(
+def peft_config(
     model: nn.Module, found: dict[str, MoloraLinear], rank: int
 ) -> dict[str, Any]:
     """Fields of PEFT's LoraConfig; those left out have neutral defaults there."""

@@ -1,0 +1,134 @@
+"""Growing a trained mixture by one expert, with all that it knows kept.
+
+The old experts and their rows of the router are frozen bit for bit; the new expert and
+its row are trained (``train: newest``). Top-k gates that are divided by their sum do
+not depend on experts that were not chosen, so
+
+    y(x) is what it was for every token that does not choose the new expert,
+
+at the start and after any training. The new row starts as the mean of the old ones: its
+logit is the mean of theirs, seldom among the highest of a trained router, whatever
+constant their logits share.
+
+Shape legend
+    E experts before
+"""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from molora.config import AdapterConfig
+from molora.errors import WrapError
+from molora.freezing import set_trainable, split_newest, whole_parameters
+from molora.layer import MoloraLinear
+from molora.model import generator_of, sites
+from molora.routers import TopKRouter
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def grow(model: M, seed: int = 0) -> M:
+    """Add an expert to every layer of a mixture and freeze the others, in place.
+
+    The new expert's update is zero at first. Settings that list a value for each expert
+    (r, lora_alpha) give it the last one. Parameters become new objects: make the
+    optimizer or trainer afterwards. Factors that all experts share stay frozen.
+
+    Args:
+        model: A wrapped model with topk routers that renormalize.
+        seed: Seed of the new expert's initial values.
+
+    Returns:
+        The same object. Its config says ``train: newest``; ``save_pretrained`` and
+        ``molora.load`` know about it.
+
+    Raises:
+        WrapError: The model is not wrapped, is merged, or has a layer without a router,
+            or with one whose gates depend on experts that were not chosen. It is left
+            as it was.
+    """
+    found = sites(model)
+    for site in found.values():
+        _check(site)
+    config = _grown_config(model.molora_config)  # type: ignore[arg-type]
+    grown = {path: _grown(site, config, seed) for path, site in found.items()}
+    for path, site in found.items():
+        site.experts, site.router = grown[path].experts, grown[path].router
+        set_trainable(site, "newest")
+    model.__dict__["molora_config"] = config
+    model.__dict__.pop("molora_report", None)
+    return model
+
+
+def _check(site: MoloraLinear) -> None:
+    if site.merged:
+        raise WrapError("the model is merged; call molora.unmerge before growing it")
+    if site.router is None:
+        raise WrapError(
+            f"site {site.path!r} has one expert and no router to extend; wrap the base "
+            "with two experts, or bring several in with molora.import_peft"
+        )
+    router = site.router
+    if site.experts.frozen:
+        raise WrapError(
+            f"site {site.path!r}: the start of {type(site.experts).__name__} depends "
+            "on the number of experts, so none can be added; use lora experts"
+        )
+    if not (isinstance(router, TopKRouter) and router.config.renormalize):
+        raise WrapError(
+            f"site {site.path!r}: the gates of {type(router).__name__} depend on every "
+            "expert, so a new one would change what the old ones do for every token; "
+            "growing needs router.kind topk with renormalize: true"
+        )
+
+
+def _grown_config(config: AdapterConfig) -> AdapterConfig:
+    """The same settings with one expert more in every layer."""
+    raw = config.to_dict()
+    if raw["layout"] is None:
+        raw["experts"] = _one_more(raw["experts"])
+    else:
+        raw["layout"]["counts"] = [count + 1 for count in raw["layout"]["counts"]]
+    for override in raw["overrides"]:
+        override["experts"] = _one_more(override["experts"])
+    return AdapterConfig.from_dict({**raw, "train": "newest"})
+
+
+def _one_more(experts: dict[str, Any]) -> dict[str, Any]:
+    """Settings of one expert more; lists with a value for each get their last again."""
+    longer = dict(experts)
+    for name in ("r", "lora_alpha"):
+        if isinstance(longer.get(name), list):
+            longer[name] = [*longer[name], longer[name][-1]]
+    if "num_experts" in longer:
+        longer["num_experts"] += 1
+    return longer
+
+
+@torch.no_grad()
+def _grown(site: MoloraLinear, config: AdapterConfig, seed: int) -> MoloraLinear:
+    """A site of one expert more with the values of the old ones."""
+    assert site.router is not None
+    twin = MoloraLinear(
+        site.base,
+        config.site(site.path),
+        path=site.path,
+        runtime=site.runtime,
+        objectives=site.objectives,
+        generator=generator_of(seed, site.path),
+    )
+    assert twin.router is not None
+    for old, new in ((site.experts, twin.experts), (site.router, twin.router)):
+        before = whole_parameters(old)
+        new.to(next(iter(before.values())).dtype)
+        for name, values in whole_parameters(new).items():
+            # what all experts share has no row for each, and is copied whole
+            values[: len(before[name])] = before[name]
+    for name, values in whole_parameters(twin.router).items():
+        values[-1] = before[name].mean(0)
+    split_newest(twin)
+    twin.experts.train(site.experts.training)
+    twin.router.train(site.router.training)
+    return twin

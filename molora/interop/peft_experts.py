@@ -1,0 +1,106 @@
+"""A mixture as one PEFT LoRA per expert, and one file of its routers.
+
+The factors are written as they are: ranks and alphas that differ by layer become
+PEFT's rank_pattern and alpha_pattern.
+
+Shape legend
+    E experts   I in features   O out features   r rank of one expert
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from molora.atomic import atomic_folder
+from molora.config import AdapterConfig
+from molora.errors import WrapError
+from molora.experts import BilinearExperts, LoRAExperts
+from molora.freezing import whole_parameters
+from molora.interop.peft import peft_config
+from molora.layer import MoloraLinear
+from molora.manifest import CONFIG, TENSORS, write_json, write_manifest
+from molora.model import sites
+
+ROUTER = "router.safetensors"
+"""File of the routers beside the folders of the experts."""
+
+
+def export_peft_experts(model: nn.Module, folder: str | Path) -> list[Path]:
+    """Write a mixture as one PEFT LoRA per expert and one file of the routers.
+
+    PEFT loads each ``expert_<n>`` by itself; ``import_peft`` with ``router=folder``
+    puts the same mixture together again.
+
+    Args:
+        model: A wrapped model with as many low-rank experts at every site.
+        folder: Folder to write, in one step.
+
+    Returns:
+        Folder of each expert.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+        WrapError: The model is not wrapped, sites have different numbers of experts, or
+            experts that are no product of two factors.
+    """
+    found = sites(model)
+    counts = {site.experts.num_experts for site in found.values()}
+    if len(counts) > 1:
+        raise WrapError(
+            f"layers have {sorted(counts)} experts, so there is no adapter for each "
+            "expert that covers them all; run molora.collapse, or save_pretrained"
+        )
+    names = [f"expert_{e}" for e in range(counts.pop())]
+    config = model.molora_config
+    assert isinstance(config, AdapterConfig)
+    settings = {path: config.site(path).router.to_dict() for path in found}
+    weights = {
+        f"{path}.{name}": values.detach().cpu().contiguous()
+        for path, site in found.items()
+        if site.router is not None
+        for name, values in whole_parameters(site.router).items()
+    }
+    with atomic_folder(folder) as temp:
+        for e, name in enumerate(names):
+            (temp / name).mkdir()
+            _write_expert(model, found, e, temp / name)
+        save_file(weights, temp / ROUTER, metadata={"routers": json.dumps(settings)})
+        write_manifest(temp)
+    return [Path(folder) / name for name in names]
+
+
+def _write_expert(
+    model: nn.Module, found: dict[str, MoloraLinear], expert: int, folder: Path
+) -> None:
+    """One adapter with the factors as they are, ranks and alphas by layer."""
+    tensors, ranks, alphas = {}, {}, {}
+    for path, site in found.items():
+        experts = site.experts
+        if not isinstance(experts, BilinearExperts):
+            raise WrapError(
+                f"site {path!r} holds {type(experts).__name__}, which is no product of "
+                "two factors, so no LoRA equals it; save it with save_pretrained"
+            )
+        A, Bt, _ = experts.factors()
+        rank, scale = A.shape[1], experts.scales()[expert]
+        if isinstance(experts, LoRAExperts):
+            # without the padding, and not rounded to float32
+            rank, scale = experts.ranks[expert], experts.config.scales()[expert]
+        a_rI, b_rO = A[expert % len(A), :rank], Bt[expert % len(Bt), :rank]
+        key = f"base_model.model.{path}"
+        tensors[f"{key}.lora_A.weight"] = a_rI.detach().cpu().contiguous().clone()
+        tensors[f"{key}.lora_B.weight"] = b_rO.detach().t().cpu().contiguous().clone()
+        ranks[path], alphas[path] = rank, scale * rank
+    usual_r = Counter(ranks.values()).most_common(1)[0][0]
+    usual_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config = {
+        **peft_config(model, found, usual_r),
+        "lora_alpha": usual_alpha,
+        "rank_pattern": {p: r for p, r in ranks.items() if r != usual_r},
+        "alpha_pattern": {p: a for p, a in alphas.items() if a != usual_alpha},
+    }
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config)

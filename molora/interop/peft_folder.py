@@ -1,0 +1,175 @@
+"""Reading one PEFT LoRA folder, without PEFT: its factors and scales, or why not.
+
+    y = base(x) + s B A x    s = lora_alpha / r, or lora_alpha / sqrt(r) under rsLoRA
+
+Shape legend
+    I in features   O out features   r rank of one layer
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from molora.errors import CheckpointError
+from molora.manifest import CONFIG, TENSORS, read_json
+
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+
+_NO_EFFECT = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+"""Fields that are read here, or that change nothing once an adapter is trained."""
+
+_WHY = {
+    "use_dora": "DoRA divides by the norm of the merged weight, so its update is no "
+    "sum of experts. Merge it into a base of its own, or retrain without use_dora",
+    "modules_to_save": "it trains whole modules beside the LoRA, which experts cannot "
+    "share. Retrain without modules_to_save",
+    "bias": "it trains biases of the base, which experts cannot share. Retrain with "
+    "bias='none'",
+    "lora_bias": "experts have no bias of their own. Retrain without lora_bias",
+}
+
+_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Initialisations that leave the base weight as it is."""
+
+
+@dataclass(frozen=True)
+class PeftLora:
+    """One adapter.
+
+    Attributes:
+        folder: Where it was read.
+        base: Name of its base model, if it says so.
+        factors: A [r, I] and B [O, r] by module path, as stored.
+        scales: s by module path.
+    """
+
+    folder: Path
+    base: str | None
+    factors: dict[str, tuple[Tensor, Tensor]]
+    scales: dict[str, float]
+
+
+def read_lora(folder: str | Path) -> PeftLora:
+    """Read an adapter that is an ordinary LoRA.
+
+    Own ranks and alphas by layer (rank_pattern, alpha_pattern) and rsLoRA are read.
+
+    Raises:
+        CheckpointError: It is no folder of a PEFT LoRA, not whole, of a variant whose
+            update is not s B A, or stored as a pickle or in float64.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give that of a PEFT adapter")
+    config = read_json(folder / CONFIG)
+    _check_variant(folder, config)
+    factors = _factors(folder)
+    scales = {}
+    for path, (a_rI, _) in factors.items():
+        rank = _by_layer(config, "rank_pattern", "r", path, folder)
+        alpha = _by_layer(config, "alpha_pattern", "lora_alpha", path, folder)
+        if rank != a_rI.shape[0]:
+            raise CheckpointError(
+                f"{folder}: {path} has rank {a_rI.shape[0]}, but {CONFIG} says {rank}"
+            )
+        scales[path] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return PeftLora(folder, config.get("base_model_name_or_path"), factors, scales)
+
+
+def _check_variant(folder: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        advice = "; load it with molora.load" if kind == "MOLORA" else ""
+        raise CheckpointError(f"{folder}: peft_type is {kind!r}, not 'LORA'{advice}")
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_INIT:
+        raise CheckpointError(
+            f"{folder}: init_lora_weights={start!r} has changed the base weight, which "
+            "other experts share. Save it with PEFT's "
+            "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    for name, value in config.items():
+        if name in _NO_EFFECT or not value or (name == "bias" and value == "none"):
+            continue
+        why = _WHY.get(name, "this is no plain LoRA, and molora does not know it")
+        raise CheckpointError(f"{folder}: {name}={value!r}: {why}")
+
+
+def _factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by module path, in pairs that fit."""
+    if not (folder / TENSORS).is_file():
+        raise CheckpointError(
+            f"{folder}: has no {TENSORS}; a pickle (.bin) is not read, since it can "
+            "run code: save the adapter again with PEFT's safe_serialization"
+        )
+    try:
+        tensors = load_file(folder / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / TENSORS}: cannot be read: {error}") from error
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise CheckpointError(
+                f"{folder}: holds {key!r}, which is no factor of a linear LoRA"
+            )
+        if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{folder}: {key} is {tensor.dtype}; experts are float32, save it so"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{folder}: {key} holds NaN or infinity")
+        halves.setdefault(match[1], {})[match[2]] = tensor
+    if not halves:
+        raise CheckpointError(f"{folder}: holds no LoRA factors")
+    for path, pair in halves.items():
+        if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise CheckpointError(
+                f"{folder}: {path} lacks a factor that fits the other"
+            )
+    return {path: (pair["A"], pair["B"]) for path, pair in halves.items()}
+
+
+def _by_layer(
+    config: Mapping[str, Any], patterns: str, default: str, path: str, folder: Path
+) -> Any:
+    """Value of the first pattern that matches the end of the path, as PEFT does it."""
+    for key, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    if default not in config:
+        raise CheckpointError(f"{folder / CONFIG}: lacks {default}")
+    return config[default]

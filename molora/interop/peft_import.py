@@ -1,0 +1,222 @@
+"""Upcycling: several PEFT LoRAs become the experts of one bank.
+
+    y = base(x) + sum_e g_e(x) s_e B_e A_e x
+
+Experts of different rank are padded with zeros, which changes no value. Every expert
+keeps its own scale, layer by layer.
+
+Shape legend
+    E experts   I in features   O out features   r rank of one expert
+"""
+
+import contextlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from molora.config import AdapterConfig
+from molora.errors import CheckpointError
+from molora.experts import LoRAExperts
+from molora.freezing import Train, whole_parameters
+from molora.interop.peft_experts import ROUTER
+from molora.interop.peft_folder import PeftLora, read_lora
+from molora.layer import SUPPORTED, MoloraLinear, sizes
+from molora.model import check_wrappable, sites, unwrap, wrap
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def import_peft(
+    base_model: M,
+    folders: Sequence[str | Path],
+    *,
+    router: Mapping[str, Any] | str | Path | None = None,
+    train: Train = "all",
+    balance: Sequence[Mapping[str, Any]] = (),
+    lora_dropout: float = 0.0,
+    seed: int = 0,
+    allow_base_mismatch: bool = False,
+) -> M:
+    """Wrap a base model with one expert per PEFT LoRA, in place.
+
+    Read are ordinary LoRAs with their own ranks, alphas, rank and alpha patterns, with
+    or without rsLoRA. All must have the same target layers.
+
+    Args:
+        base_model: The model that the adapters were trained on.
+        folders: What PEFT's ``save_pretrained`` wrote, one for each expert. A single
+            one makes an ordinary adapter.
+        router: Settings of the router, as in a YAML; or the folder that
+            ``export_peft_experts`` wrote, whose routers are used. None is for one
+            adapter.
+        train: ``router`` freezes the experts, ``all`` trains them along.
+        balance: Balance objectives, as in a YAML.
+        lora_dropout: Dropout in training; those of the adapters are not taken over.
+        seed: Seed of the routers' initial weights.
+        allow_base_mismatch: Accept adapters that name another base.
+
+    Returns:
+        The same object.
+
+    Raises:
+        CheckpointError: A folder is no LoRA that can be an expert; adapters with
+            different bases or targets, or that do not fit the model.
+        ConfigError: A wrong setting.
+        WrapError: The model is wrapped already or cannot be wrapped. Whatever is
+            raised, the model is as it was.
+    """
+    check_wrappable(base_model)
+    if not folders:
+        raise CheckpointError("import_peft: give at least one folder of a PEFT LoRA")
+    loras = [read_lora(folder) for folder in folders]
+    _check_bases(base_model, loras, allow_base_mismatch)
+    _check_targets(base_model, loras)
+    routers, weights = _routers(router, list(loras[0].factors))
+    experts = {p: _experts(loras, p, lora_dropout) for p in loras[0].factors}
+    described = {p: {"experts": experts[p], "router": routers[p]} for p in experts}
+    config = _config(base_model, described, train, balance)
+    with contextlib.ExitStack() as undo:
+        wrap(base_model, config, seed=seed)
+        undo.callback(unwrap, base_model)
+        for path, site in sites(base_model).items():
+            _fill(site, loras, path)
+        _fill_routers(base_model, weights)
+        undo.pop_all()
+    return base_model
+
+
+def _check_bases(model: nn.Module, loras: list[PeftLora], allowed: bool) -> None:
+    """Refuse adapters that name different bases; folders count by their last name."""
+    own = getattr(getattr(model, "config", None), "_name_or_path", None)
+    named = [(str(lora.folder), lora.base) for lora in loras]
+    named = [(where, base) for where, base in [("the model", own), *named] if base]
+    short = {str(base).rstrip("/").rpartition("/")[2] for _, base in named}
+    if len(short) > 1 and not allowed:
+        told = "; ".join(f"{where}: {base}" for where, base in named)
+        raise CheckpointError(
+            f"import_peft: the adapters belong to different bases ({told}). Load the "
+            "base they were trained on, or force it with allow_base_mismatch=True"
+        )
+
+
+def _check_targets(model: nn.Module, loras: list[PeftLora]) -> None:
+    """Refuse adapters of different layers, or of layers that the model lacks."""
+    first, modules = loras[0], dict(model.named_modules())
+    for lora in loras:
+        differing = sorted(lora.factors.keys() ^ first.factors.keys())
+        if differing:
+            raise CheckpointError(
+                f"import_peft: {first.folder} and {lora.folder} have different target "
+                f"layers, for example {differing[0]!r} is in one of them only"
+            )
+        for path, (a_rI, b_Or) in lora.factors.items():
+            module = modules.get(path)
+            if not isinstance(module, SUPPORTED):
+                what = "which the model lacks" if module is None else "no linear layer"
+                raise CheckpointError(f"{lora.folder}: targets {path!r}, {what}")
+            if (a_rI.shape[1], b_Or.shape[0]) != sizes(module):
+                raise CheckpointError(
+                    f"{lora.folder}: {path} maps {a_rI.shape[1]} to {b_Or.shape[0]} "
+                    f"features, in the model {' to '.join(map(str, sizes(module)))}"
+                )
+
+
+def _experts(loras: list[PeftLora], path: str, dropout: float) -> dict[str, Any]:
+    ranks = [lora.factors[path][0].shape[0] for lora in loras]
+    scales = [lora.scales[path] for lora in loras]
+    return {
+        "kind": "lora",
+        "num_experts": len(loras),
+        "r": ranks,
+        "lora_alpha": [scale * r for scale, r in zip(scales, ranks, strict=True)],
+        "lora_dropout": dropout,
+    }
+
+
+def _routers(
+    router: Mapping[str, Any] | str | Path | None, paths: list[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Router settings by site, and weights where a file holds them."""
+    if router is None or isinstance(router, Mapping):
+        return dict.fromkeys(paths, dict(router or {"kind": "none"})), {}
+    file = Path(router) / ROUTER
+    try:
+        with safe_open(file, "pt") as opened:
+            settings = json.loads((opened.metadata() or {})["routers"])
+            weights = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{file}: no router file of molora: {error}") from None
+    if settings.keys() != set(paths):
+        raise CheckpointError(f"{file}: has routers for other target layers")
+    return settings, weights
+
+
+def _config(
+    model: nn.Module,
+    described: dict[str, dict[str, Any]],
+    train: Train,
+    balance: Sequence[Mapping[str, Any]],
+) -> AdapterConfig:
+    """The most common settings, and an override for each site that differs."""
+    texts = {path: json.dumps(one, sort_keys=True) for path, one in described.items()}
+    usual = Counter(texts.values()).most_common(1)[0][0]
+    names = sorted({path.rpartition(".")[2] for path in described})
+    hits = {p for p, _ in model.named_modules() if p.rpartition(".")[2] in names}
+    exact = "|".join(re.escape(path) for path in described)
+    raw = {
+        "target_modules": names if hits == set(described) else exact,
+        **json.loads(usual),
+        "balance": [dict(item) for item in balance],
+        "train": train,
+        "overrides": [
+            {"match": f"^{re.escape(path)}$", **_changes(described[path], usual)}
+            for path, text in texts.items()
+            if text != usual
+        ],
+    }
+    return AdapterConfig.from_dict(raw, "import_peft")
+
+
+def _changes(one: dict[str, Any], usual: str) -> dict[str, Any]:
+    before = json.loads(usual)
+    return {
+        part: {n: v for n, v in one[part].items() if before[part].get(n) != v}
+        for part in one
+        if one[part] != before[part]
+    }
+
+
+@torch.no_grad()
+def _fill(site: MoloraLinear, loras: list[PeftLora], path: str) -> None:
+    experts = site.experts
+    assert isinstance(experts, LoRAExperts)
+    for e, lora in enumerate(loras):
+        a_rI, b_Or = lora.factors[path]
+        experts.A[e, : a_rI.shape[0]] = a_rI
+        experts.Bt[e, : a_rI.shape[0]] = b_Or.t()
+
+
+@torch.no_grad()
+def _fill_routers(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    if not weights:
+        return
+    own = {
+        f"{path}.{name}": parameter
+        for path, site in sites(model).items()
+        if site.router is not None
+        for name, parameter in whole_parameters(site.router).items()
+    }
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in weights.items()}:
+        raise CheckpointError(
+            f"{ROUTER}: its weights are of other routers, or of another number of "
+            "experts; give the folders that were exported with it, all of them"
+        )
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])

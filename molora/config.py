@@ -114,8 +114,7 @@ class AdapterConfig(Schema):
         if not self.target_modules:
             raise ValueError("target_modules: name at least one layer, or all-linear")
         _check_pair(self.experts, self.router, "")
-        for i, override in enumerate(self.overrides):
-            self._merged(override, f"overrides[{i}].")
+        self._site_kinds()
         kinds = [objective.kind for objective in self.balance]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"balance: an objective is listed twice: {kinds}")
@@ -124,6 +123,8 @@ class AdapterConfig(Schema):
                 "balance: there is nothing to balance, every layer has one expert; "
                 "drop the balance block or set num_experts above 1"
             )
+        for where, site in self._site_kinds().items():
+            _check_objectives(self.balance, site, where)
         return self
 
     @classmethod
@@ -156,9 +157,17 @@ class AdapterConfig(Schema):
             )
         return SiteConfig(experts=experts, router=router)
 
+    def _site_kinds(self) -> dict[str, SiteConfig]:
+        """Every combination of settings that a layer can have, by where it stands."""
+        sites = {"": SiteConfig(experts=self.experts, router=self.router)}
+        for i, override in enumerate(self.overrides):
+            where = f"overrides[{i}]."
+            sites[where] = self._merged(override, where)
+        return sites
+
     def _any_routed(self) -> bool:
-        sites = [self._merged(o, "overrides.").experts for o in self.overrides]
-        return any(experts.num_experts > 1 for experts in [self.experts, *sites])
+        kinds = self._site_kinds().values()
+        return any(site.experts.num_experts > 1 for site in kinds)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -224,3 +233,18 @@ def _check_pair(experts: ExpertsConfig, router: RouterConfig, where: str) -> Non
             f"router.kind={router.kind!r} with num_experts=1: one expert needs no "
             "router; set router.kind to none, or num_experts above 1"
         )
+
+
+def _check_objectives(
+    balance: list[ObjectiveConfig], site: SiteConfig, where: str
+) -> None:
+    """Refuse an objective that means nothing with a layer's router and experts."""
+    experts = site.experts.num_experts
+    if experts == 1:
+        return
+    for i, objective in enumerate(balance):
+        router = ROUTERS[site.router.kind]
+        reason = OBJECTIVES[objective.kind].check(objective, router, experts)
+        if reason:
+            told = f" (at {where[:-1]})" if where else ""
+            raise ConfigError(f"balance[{i}]{told}: {reason}")

@@ -148,7 +148,10 @@ class MoloraLinear(nn.Module):
         values: dict[str, Tensor] = {}
         if self.training:
             for objective, weight in self.objectives:
-                value = objective(routing, weight_T)
+                rows = None
+                if objective.needs_tasks:
+                    rows = context.token_rows(shape, self.path)
+                value = objective(routing, weight_T, rows)
                 values[objective.config.kind] = value
                 if torch.is_grad_enabled():
                     self._require_path(objective.config.kind, value, y_TO)

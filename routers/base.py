@@ -29,8 +29,9 @@ class Routing(NamedTuple):
     logits: Tensor
     """[T, E] after noise and temperature."""
     top_k: int | None
-    """Experts that a token uses at most, where the router selects; None: it uses all.
-    The gate of an expert that was not selected is zero and has no gradient."""
+    """Experts that a token uses at most, where the router selects (E where their number
+    varies); None: it uses all. The gate of an expert that was not selected is zero and
+    nothing reads its gradient."""
 
     @property
     def probs(self) -> Tensor:
@@ -70,6 +71,9 @@ class GateConfig(RouterConfig):
     """Standard deviation of Gaussian noise on the logits, in training only."""
     init_range: float = pydantic.Field(default=0.02, ge=0)
     """Standard deviation of the gate's initial weights; small means near uniform."""
+    expert_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    """Probability that a token cannot see an expert, in training only; the others share
+    its gate, and one expert always stays."""
 
 
 class AbstractRouter(nn.Module, abc.ABC):
@@ -125,6 +129,37 @@ class LinearGateRouter(AbstractRouter):
         with torch.no_grad():
             self.gate.weight.normal_(0.0, config.init_range, generator=generator)
 
+    def available(self, logits: Tensor) -> Tensor:
+        """Logits with -inf at the experts that expert dropout hides.
+
+        Args:
+            logits: [T, E].
+
+        Returns:
+            [T, E]; the same tensor where nothing is dropped.
+        """
+        config = self.config
+        assert isinstance(config, GateConfig)
+        if not (self.training and config.expert_dropout):
+            return logits
+        drawn_TE = torch.rand_like(logits)
+        luckiest_T1 = drawn_TE.amax(-1, keepdim=True)
+        hidden_TE = (drawn_TE < config.expert_dropout) & (drawn_TE < luckiest_T1)
+        return logits.masked_fill(hidden_TE, -torch.inf)
+
+    def probs(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Softmax of the available experts, and ``Routing.full``.
+
+        Args:
+            logits: [T, E].
+
+        Returns:
+            [T, E] to choose from, and the same where nothing was dropped, else None.
+        """
+        seen_TE = self.available(logits)
+        probs_TE = torch.softmax(seen_TE, -1)
+        return probs_TE, probs_TE if seen_TE is logits else None
+
     def logits(self, x: Tensor) -> Tensor:
         """Gate logits after noise and temperature.
 
@@ -140,7 +175,7 @@ class LinearGateRouter(AbstractRouter):
         config = self.config
         assert isinstance(config, GateConfig)
         logits_TE = router_logits(x, self.gate.weight)
-        _require_finite(logits_TE, self.site)
+        require_finite(logits_TE, self.site)
         if self.training and config.noise:
             logits_TE = logits_TE + config.noise * torch.randn_like(logits_TE)
         if config.temperature != 1.0:
@@ -148,8 +183,30 @@ class LinearGateRouter(AbstractRouter):
         return logits_TE
 
 
-def _require_finite(logits_TE: Tensor, site: str) -> None:
-    """Raise when a logit is not finite; asynchronous on devices."""
+def share(kept_TE: Tensor, chosen_TE: Tensor) -> Tensor:
+    """Divide the kept values of each token by their sum.
+
+    Args:
+        kept_TE: Values, at least zero where chosen.
+        chosen_TE: True where an expert is chosen.
+
+    Returns:
+        [T, E] gates: they sum to one, or are all zero for a token without a choice. No
+        gradient is read where nothing was chosen.
+    """
+    zero = kept_TE.new_zeros(())
+    kept_TE = torch.where(chosen_TE, kept_TE, zero)
+    total_T1 = kept_TE.sum(-1, keepdim=True)
+    gates_TE = kept_TE / total_T1.masked_fill(total_T1 == 0, 1.0)
+    return torch.where(chosen_TE, gates_TE, zero)
+
+
+def require_finite(logits_TE: Tensor, site: str) -> None:
+    """Raise when a logit is not finite; asynchronous on devices.
+
+    Raises:
+        RoutingError: Names the site.
+    """
     on_cpu = logits_TE.device.type == "cpu"
     if on_cpu and len(logits_TE) == 1:
         # one token while decoding: cheaper to read than to sum

@@ -52,17 +52,18 @@ class TopKRouter(LinearGateRouter):
                 "router.top_k=1 with renormalize: true makes every gate exactly 1, so "
                 "the router would never learn from the task; set renormalize: false"
             )
-        return None
+        return super().check(config, num_experts)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class."""
         logits_TE = self.logits(x)
-        kept_TK, ids_TK = logits_TE.topk(self.config.top_k)
+        seen_TE = self.available(logits_TE)
+        kept_TK, ids_TK = seen_TE.topk(self.config.top_k)
         if self.config.renormalize:
             # the softmax over the kept logits is the kept probabilities over their sum
             kept_TK = torch.softmax(kept_TK, -1)
         else:
-            kept_TK = torch.softmax(logits_TE, -1).gather(-1, ids_TK)
+            kept_TK = torch.softmax(seen_TE, -1).gather(-1, ids_TK)
         gates_TE = torch.zeros_like(logits_TE).scatter_(-1, ids_TK, kept_TK)
         # softmax(logits) is left to those who read it: decoding does not
         return Routing(gates_TE, None, logits_TE, self.config.top_k)

@@ -59,7 +59,8 @@ def test_it_is_built_and_every_trained_value_is_reached(
     with torch.no_grad():
         for site in sites(model).values():
             site.experts.Bt.normal_(std=0.1)
-    model(input_ids=ids, labels=ids).loss.backward()
+    with molora.tasks(model, [task.name for task in config.data.tasks[:2]]):
+        model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in adapter_parameters(model).items():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name

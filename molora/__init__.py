@@ -8,6 +8,7 @@ from molora.collapse.api import collapse as collapse
 from molora.collapse.report import CollapseResult as CollapseResult
 from molora.config import AdapterConfig as AdapterConfig
 from molora.interop.peft import export_peft as export_peft
+from molora.model import after_optimizer_step as after_optimizer_step
 from molora.model import disabled as disabled
 from molora.model import merge as merge
 from molora.model import record_routing as record_routing

@@ -10,6 +10,7 @@ Shape legend
 """
 
 import abc
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pydantic
@@ -49,6 +50,11 @@ class Objective(abc.ABC):
         """Say why this config means nothing with a router, or return None."""
         return None
 
+    @classmethod
+    def check_tasks(cls, config: ObjectiveConfig, names: Sequence[str]) -> str | None:
+        """Say why this config means nothing with the tasks of a run, or return None."""
+        return None
+
     def __init__(self, config: ObjectiveConfig):
         self.config = config
 
@@ -72,6 +78,14 @@ class Objective(abc.ABC):
         Raises:
             RoutingError: A row's task is missing or unknown.
         """
+
+
+class Steering(Objective):
+    """An objective without a gradient, which moves ``bias_E`` between steps instead."""
+
+    @abc.abstractmethod
+    def step(self, router: AbstractRouter) -> None:
+        """Act on a router after an optimizer step, by the load that it has counted."""
 
 
 def mean_over_tokens(values: Tensor, weight_T: Tensor | None) -> Tensor:

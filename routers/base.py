@@ -50,6 +50,17 @@ class Routing(NamedTuple):
         top_T1 = self.probs.argmax(-1, keepdim=True)
         return torch.zeros_like(gates_TE).scatter_(-1, top_T1, 1.0)
 
+    def load(self, weight_T: Tensor | None) -> Tensor:
+        """Number of real tokens assigned to each expert, [E].
+
+        Args:
+            weight_T: 1 at real tokens, 0 at padding; None when all are real.
+        """
+        assigned_TE = self.assigned()
+        if weight_T is None:
+            return assigned_TE.sum(0)
+        return weight_T.to(assigned_TE.dtype) @ assigned_TE
+
 
 class RouterConfig(Schema):
     """Settings of every router."""
@@ -74,17 +85,43 @@ class GateConfig(RouterConfig):
     expert_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
     """Probability that a token cannot see an expert, in training only; the others share
     its gate, and one expert always stays."""
+    capacity: float | None = pydantic.Field(default=None, ge=1)
+    """Multiple of the mean load that an expert serves, in training only; what goes
+    beyond is left to the base alone. None sets no limit."""
 
 
 class AbstractRouter(nn.Module, abc.ABC):
-    """Chooses experts for each token."""
+    """Chooses experts for each token.
+
+    Attributes:
+        capacity: Multiple of the mean load that an expert serves in training, or None.
+        bias_E: Added to what experts are ranked by, once ``add_bias`` was called.
+        load_E: Tokens assigned to each expert since the bias was moved.
+    """
 
     Config: ClassVar[type[RouterConfig]]
+    selects: ClassVar[bool] = True
+    """Whether some gates are zero."""
+    ranks: ClassVar[bool] = False
+    """Whether it takes a fixed number of experts by rank, and reads ``bias_E``."""
+    capacity: float | None = None
+    bias_E: Tensor | None
+    load_E: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias_E", None)
+        self.register_buffer("load_E", None, persistent=False)
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> str | None:
         """Say why this config means nothing with num_experts, or return None."""
         return None
+
+    def add_bias(self, num_experts: int) -> None:
+        """Make the bias, which is saved with the router, and the count of its load."""
+        self.register_buffer("bias_E", torch.zeros(num_experts))
+        self.register_buffer("load_E", torch.zeros(num_experts), persistent=False)
 
     @abc.abstractmethod
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
@@ -124,10 +161,23 @@ class LinearGateRouter(AbstractRouter):
     ):
         super().__init__()
         self.config = config
+        self.capacity = config.capacity
         self.site = site
         self.gate = nn.utils.skip_init(nn.Linear, in_features, num_experts, bias=False)
         with torch.no_grad():
             self.gate.weight.normal_(0.0, config.init_range, generator=generator)
+
+    @classmethod
+    def check(cls, config: RouterConfig, num_experts: int) -> str | None:
+        """See base class."""
+        assert isinstance(config, GateConfig)
+        if config.capacity is not None and not cls.selects:
+            return (
+                f"router.capacity={config.capacity}: router.kind {config.kind!r} gives "
+                "every token to every expert, so nothing can overflow; drop it, or set "
+                "router.kind to topk"
+            )
+        return super().check(config, num_experts)
 
     def available(self, logits: Tensor) -> Tensor:
         """Logits with -inf at the experts that expert dropout hides.
@@ -159,6 +209,20 @@ class LinearGateRouter(AbstractRouter):
         seen_TE = self.available(logits)
         probs_TE = torch.softmax(seen_TE, -1)
         return probs_TE, probs_TE if seen_TE is logits else None
+
+    def biased(self, logits: Tensor) -> Tensor:
+        """Probabilities plus ``bias_E``, to rank experts by; -inf stays last.
+
+        Args:
+            logits: [T, E].
+
+        Returns:
+            [T, E] without a gradient.
+        """
+        assert self.bias_E is not None
+        logits = logits.detach()
+        scores_TE = torch.softmax(logits, -1) + self.bias_E
+        return scores_TE.masked_fill(logits == -torch.inf, -torch.inf)
 
     def logits(self, x: Tensor) -> Tensor:
         """Gate logits after noise and temperature.

@@ -11,10 +11,11 @@ sign the preferred group therefore gets the smaller gates, against the stated ai
 
 Reference: Dou et al. 2023 (LoRAMoE), arXiv:2312.09979, section 3.3. The paper divides
 by the mean, the authors' code by its square, as here: that does not depend on the
-length of a row. Unlike in the code, padding does not count, and there may be more groups.
+length of a row. Unlike in the code, padding does not count, and groups may be more.
 Shape legend: see base.py; B rows.
 """
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import pydantic
@@ -79,6 +80,15 @@ class LocalizedBalance(Objective):
                 f"task_groups names {config.groups} groups, which does not divide "
                 f"num_experts={num_experts}; change one of them"
             )
+        return None
+
+    @classmethod
+    def check_tasks(cls, config: ObjectiveConfig, names: Sequence[str]) -> str | None:
+        """See base class."""
+        assert isinstance(config, cls.Config)
+        missing = sorted(set(names) - config.task_groups.keys())
+        if missing:
+            return f"task_groups names no group for the tasks {missing}; add them"
         return None
 
     def __call__(

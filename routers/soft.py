@@ -20,6 +20,8 @@ class SoftRouter(LinearGateRouter):
     likeliest expert.
     """
 
+    selects = False
+
     class Config(GateConfig):
         """Settings of soft routing."""
 

@@ -31,6 +31,8 @@ class TopKRouter(LinearGateRouter):
     the task loss does not train the router, so that combination is refused.
     """
 
+    ranks = True
+
     class Config(GateConfig):
         """Settings of top-k routing."""
 
@@ -58,7 +60,11 @@ class TopKRouter(LinearGateRouter):
         """See base class."""
         logits_TE = self.logits(x)
         seen_TE = self.available(logits_TE)
-        kept_TK, ids_TK = seen_TE.topk(self.config.top_k)
+        if self.bias_E is None:
+            kept_TK, ids_TK = seen_TE.topk(self.config.top_k)
+        else:
+            ids_TK = self.biased(seen_TE).topk(self.config.top_k).indices
+            kept_TK = seen_TE.gather(-1, ids_TK)
         if self.config.renormalize:
             # the softmax over the kept logits is the kept probabilities over their sum
             kept_TK = torch.softmax(kept_TK, -1)

@@ -13,11 +13,13 @@ from molora.config import read_yaml
 from molora.context import TokenRows
 from molora.registry import Registry
 from molora.routers import OBJECTIVES, ROUTERS, Routing
+from molora.routers.balance import Steering
 from molora.routers.base import LinearGateRouter
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROUTED = [name for name in ROUTERS.names() if name != "none"]
 GATED = [name for name in ROUTED if issubclass(ROUTERS[name], LinearGateRouter)]
+LOSSES = [n for n in OBJECTIVES.names() if not issubclass(OBJECTIVES[n], Steering)]
 TASKS = ["sentiment", "text2sql", "scan"]
 """Tasks that the files in configs/ know."""
 

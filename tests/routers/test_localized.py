@@ -10,7 +10,9 @@ import molora
 from molora.context import ForwardContext, TokenRows
 from molora.errors import ConfigError, RoutingError
 from molora.routers import OBJECTIVES, Routing
+from molora.run_config import load_run_config
 from tests.oracle import DTYPES, build, load, near
+from tests.registered import CONFIGS
 
 GROUPS = {"1": 0, "0": 1}
 
@@ -217,3 +219,14 @@ def test_rows_of_the_tokens(
         return
     with pytest.raises(RoutingError, match=r"site 'up': its input .* does not line up"):
         context.token_rows(shape, "up")
+
+
+def test_a_run_with_a_task_without_a_group_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no group for the tasks \['scan'\]; add"):
+        load_run_config(
+            CONFIGS / "loramoe.yaml",
+            [
+                "adapter.balance.0.task_groups={sentiment: 0, intent_domain: 0, "
+                "text2sql: 1}"
+            ],
+        )

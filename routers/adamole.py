@@ -19,9 +19,8 @@ from molora.routers.base import (
     LinearGateRouter,
     RouterConfig,
     Routing,
-    require_finite,
-    share,
 )
+from molora.routers.gates import require_finite, share
 
 
 @ROUTERS.register("adamole", paper="arXiv:2405.00361")

@@ -5,7 +5,6 @@ Shape legend (this folder)
 """
 
 import abc
-import math
 from typing import ClassVar, Literal, NamedTuple
 
 import pydantic
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from molora.context import ForwardContext
-from molora.errors import RoutingError
 from molora.kernels import router_logits
 from molora.registry import Registry
+from molora.routers.gates import require_finite
 from molora.schema import Schema
 
 
@@ -93,6 +92,13 @@ class GateConfig(RouterConfig):
 class AbstractRouter(nn.Module, abc.ABC):
     """Chooses experts for each token.
 
+    Args:
+        config: Settings.
+        in_features: I.
+        num_experts: E.
+        site: Module path of the target layer, for messages.
+        generator: Source of the initial weights.
+
     Attributes:
         capacity: Multiple of the mean load that an expert serves in training, or None.
         bias_E: Added to what experts are ranked by, once ``add_bias`` was called.
@@ -108,8 +114,18 @@ class AbstractRouter(nn.Module, abc.ABC):
     bias_E: Tensor | None
     load_E: Tensor | None
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        in_features: int,
+        num_experts: int,
+        site: str,
+        generator: torch.Generator,
+    ):
         super().__init__()
+        self.config = config
+        self.site = site
         self.register_buffer("bias_E", None)
         self.register_buffer("load_E", None, persistent=False)
 
@@ -140,15 +156,7 @@ class AbstractRouter(nn.Module, abc.ABC):
 
 
 class LinearGateRouter(AbstractRouter):
-    """Base of routers whose logits are a linear map of the token.
-
-    Args:
-        config: Settings.
-        in_features: I.
-        num_experts: E.
-        site: Module path of the target layer, for messages.
-        generator: Source of the initial weights.
-    """
+    """Base of routers whose logits are a linear map of the token; see base class."""
 
     def __init__(
         self,
@@ -159,10 +167,14 @@ class LinearGateRouter(AbstractRouter):
         site: str,
         generator: torch.Generator,
     ):
-        super().__init__()
-        self.config = config
+        super().__init__(
+            config,
+            in_features=in_features,
+            num_experts=num_experts,
+            site=site,
+            generator=generator,
+        )
         self.capacity = config.capacity
-        self.site = site
         self.gate = nn.utils.skip_init(nn.Linear, in_features, num_experts, bias=False)
         with torch.no_grad():
             self.gate.weight.normal_(0.0, config.init_range, generator=generator)
@@ -245,47 +257,6 @@ class LinearGateRouter(AbstractRouter):
         if config.temperature != 1.0:
             logits_TE = logits_TE / config.temperature
         return logits_TE
-
-
-def share(kept_TE: Tensor, chosen_TE: Tensor) -> Tensor:
-    """Divide the kept values of each token by their sum.
-
-    Args:
-        kept_TE: Values, at least zero where chosen.
-        chosen_TE: True where an expert is chosen.
-
-    Returns:
-        [T, E] gates: they sum to one, or are all zero for a token without a choice. No
-        gradient is read where nothing was chosen.
-    """
-    zero = kept_TE.new_zeros(())
-    kept_TE = torch.where(chosen_TE, kept_TE, zero)
-    total_T1 = kept_TE.sum(-1, keepdim=True)
-    gates_TE = kept_TE / total_T1.masked_fill(total_T1 == 0, 1.0)
-    return torch.where(chosen_TE, gates_TE, zero)
-
-
-def require_finite(logits_TE: Tensor, site: str) -> None:
-    """Raise when a logit is not finite; asynchronous on devices.
-
-    Raises:
-        RoutingError: Names the site.
-    """
-    on_cpu = logits_TE.device.type == "cpu"
-    if on_cpu and len(logits_TE) == 1:
-        # one token while decoding: cheaper to read than to sum
-        if math.isfinite(sum(logits_TE.tolist()[0])):
-            return
-    elif on_cpu and math.isfinite(logits_TE.sum().item()):
-        return
-    message = (
-        f"site {site!r}: router logits are not finite. The layer's input or the "
-        "router's weights hold NaN or infinity; lower the learning rate or look "
-        "for the first layer that overflows."
-    )
-    if on_cpu:
-        raise RoutingError(message)
-    torch._assert_async(torch.isfinite(logits_TE.sum()), message)
 
 
 ROUTERS: Registry[AbstractRouter] = Registry("router")

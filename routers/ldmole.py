@@ -27,8 +27,8 @@ from molora.routers.base import (
     GateConfig,
     LinearGateRouter,
     Routing,
-    require_finite,
 )
+from molora.routers.gates import require_finite
 
 
 @ROUTERS.register("ldmole", paper="arXiv:2509.25684")
@@ -107,8 +107,8 @@ def sparsegen(z_TE: Tensor, lambda_T1: Tensor) -> Tensor:
     Returns:
         [T, E] gates that sum to 1. No gradient is read where one is zero.
     """
-    # a shift changes nothing, and keeps the sums small
-    z_TE = z_TE - z_TE.detach().amax(-1, keepdim=True)
+    # a shift changes nothing, and keeps the sums small; infinity would have no gradient
+    z_TE = (z_TE - z_TE.detach().amax(-1, keepdim=True)).clamp(min=-1e30)
     sorted_TE = z_TE.sort(-1, descending=True).values
     rank_E = torch.arange(1, z_TE.shape[-1] + 1, dtype=z_TE.dtype, device=z_TE.device)
     room_T1 = 1 - lambda_T1

@@ -17,8 +17,8 @@ from molora.routers.base import (
     LinearGateRouter,
     RouterConfig,
     Routing,
-    share,
 )
+from molora.routers.gates import share
 
 
 @ROUTERS.register("threshold", paper="arXiv:2405.00361")

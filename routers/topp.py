@@ -20,8 +20,8 @@ from molora.routers.base import (
     LinearGateRouter,
     RouterConfig,
     Routing,
-    share,
 )
+from molora.routers.gates import share
 
 
 @ROUTERS.register("topp", paper="arXiv:2403.07652")

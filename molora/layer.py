@@ -177,8 +177,9 @@ class MoloraLinear(nn.Module):
         """Add a forward to the load that moves the bias."""
         assert self.router is not None
         # a recomputation in backward repeats a forward that was counted
-        if self.router.load_E is not None and not in_backward():
-            self.router.load_E += routing.load(weight_T)
+        if not in_backward():
+            load_E, before_E = routing.load(weight_T), self.router.load_E
+            self.router.load_E = load_E if before_E is None else before_E + load_E
 
     def _record(
         self,
@@ -203,12 +204,12 @@ class MoloraLinear(nn.Module):
     @torch.no_grad()
     def after_optimizer_step(self, taken: bool) -> None:
         """Let objectives that steer act on the router; see ``molora.model``."""
-        if self.router is None or self.router.load_E is None:
+        if self.router is None:
             return
         for objective, _ in self.objectives:
             if isinstance(objective, Steering) and taken:
                 objective.step(self.router)
-        self.router.load_E.zero_()
+        self.router.load_E = None
 
     def _require_path(self, kind: str, value: Tensor, y_TO: Tensor) -> None:
         # a frozen router still passes a gradient to x, which would train other layers

@@ -10,7 +10,9 @@ from molora.routers.importance import ImportanceBalance as ImportanceBalance
 from molora.routers.ldmole import LDMoLERouter as LDMoLERouter
 from molora.routers.localized import LocalizedBalance as LocalizedBalance
 from molora.routers.none import NoRouter as NoRouter
+from molora.routers.phatgoose import PHATGOOSERouter as PHATGOOSERouter
 from molora.routers.selection_bias import SelectionBias as SelectionBias
+from molora.routers.sigmoid import SigmoidRouter as SigmoidRouter
 from molora.routers.soft import SoftRouter as SoftRouter
 from molora.routers.threshold import ThresholdRouter as ThresholdRouter
 from molora.routers.topk import TopKRouter as TopKRouter

@@ -48,6 +48,11 @@ class Objective(abc.ABC):
         cls, config: ObjectiveConfig, router: type[AbstractRouter], num_experts: int
     ) -> str | None:
         """Say why this config means nothing with a router, or return None."""
+        if not router.has_probs:
+            return (
+                "the gates of this router.kind are no probabilities over the experts, "
+                "so there is nothing to balance; drop the objective"
+            )
         return None
 
     @classmethod

@@ -102,17 +102,20 @@ class AbstractRouter(nn.Module, abc.ABC):
     Attributes:
         capacity: Multiple of the mean load that an expert serves in training, or None.
         bias_E: Added to what experts are ranked by, once ``add_bias`` was called.
-        load_E: Tokens assigned to each expert since the bias was moved.
+        load_E: Tokens assigned to each expert since the bias was moved; None: none. Not
+            a buffer: DistributedDataParallel would copy that of the first process.
     """
 
     Config: ClassVar[type[RouterConfig]]
     selects: ClassVar[bool] = True
     """Whether some gates are zero."""
+    has_probs: ClassVar[bool] = True
+    """Whether each token has a distribution over the experts, to balance."""
     ranks: ClassVar[bool] = False
     """Whether it takes a fixed number of experts by rank, and reads ``bias_E``."""
     capacity: float | None = None
     bias_E: Tensor | None
-    load_E: Tensor | None
+    load_E: Tensor | None = None
 
     def __init__(
         self,
@@ -127,7 +130,6 @@ class AbstractRouter(nn.Module, abc.ABC):
         self.config = config
         self.site = site
         self.register_buffer("bias_E", None)
-        self.register_buffer("load_E", None, persistent=False)
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> str | None:
@@ -135,9 +137,8 @@ class AbstractRouter(nn.Module, abc.ABC):
         return None
 
     def add_bias(self, num_experts: int) -> None:
-        """Make the bias, which is saved with the router, and the count of its load."""
+        """Make the bias, which is saved with the router."""
         self.register_buffer("bias_E", torch.zeros(num_experts))
-        self.register_buffer("load_E", torch.zeros(num_experts), persistent=False)
 
     @abc.abstractmethod
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
@@ -236,6 +237,10 @@ class LinearGateRouter(AbstractRouter):
         scores_TE = torch.softmax(logits, -1) + self.bias_E
         return scores_TE.masked_fill(logits == -torch.inf, -torch.inf)
 
+    def scores(self, x: Tensor) -> Tensor:
+        """Logits before noise and temperature, [T, E] in at least float32."""
+        return router_logits(x, self.gate.weight)
+
     def logits(self, x: Tensor) -> Tensor:
         """Gate logits after noise and temperature.
 
@@ -250,7 +255,7 @@ class LinearGateRouter(AbstractRouter):
         """
         config = self.config
         assert isinstance(config, GateConfig)
-        logits_TE = router_logits(x, self.gate.weight)
+        logits_TE = self.scores(x)
         require_finite(logits_TE, self.site)
         if self.training and config.noise:
             logits_TE = logits_TE + config.noise * torch.randn_like(logits_TE)

@@ -80,7 +80,7 @@ class LocalizedBalance(Objective):
                 f"task_groups names {config.groups} groups, which does not divide "
                 f"num_experts={num_experts}; change one of them"
             )
-        return None
+        return super().check(config, router, num_experts)
 
     @classmethod
     def check_tasks(cls, config: ObjectiveConfig, names: Sequence[str]) -> str | None:

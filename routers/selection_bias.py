@@ -38,7 +38,7 @@ class SelectionBias(Steering):
                 "a bias moves experts up and down a ranking, and this router.kind does "
                 "not choose by rank; set it to topk, or use the objective switch"
             )
-        return None
+        return super().check(config, router, num_experts)
 
     def __call__(
         self,
@@ -54,7 +54,9 @@ class SelectionBias(Steering):
     def step(self, router: AbstractRouter) -> None:
         """See base class."""
         load_E, bias_E = router.load_E, router.bias_E
-        assert load_E is not None and bias_E is not None
+        assert bias_E is not None
+        if load_E is None:
+            load_E = torch.zeros_like(bias_E)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load_E)
         bias_E += self.config.weight * torch.sign(load_E.mean() - load_E)

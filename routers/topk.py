@@ -9,6 +9,8 @@ network); selection after the softmax as in Gao et al. 2024 (MoLA), arXiv:2402.0
 Shape legend: see base.py.
 """
 
+from typing import ClassVar
+
 import pydantic
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ class TopKRouter(LinearGateRouter):
     """
 
     ranks = True
+    epsilon: ClassVar[float] = 0.0
+    """Added to the sum that gates are divided by."""
 
     class Config(GateConfig):
         """Settings of top-k routing."""
@@ -65,11 +69,14 @@ class TopKRouter(LinearGateRouter):
         else:
             ids_TK = self.biased(seen_TE).topk(self.config.top_k).indices
             kept_TK = seen_TE.gather(-1, ids_TK)
-        if self.config.renormalize:
+        if not self.config.renormalize:
+            kept_TK = torch.softmax(seen_TE, -1).gather(-1, ids_TK)
+        elif self.epsilon:
+            kept_TK = torch.softmax(seen_TE, -1).gather(-1, ids_TK)
+            kept_TK = kept_TK / (kept_TK.sum(-1, keepdim=True) + self.epsilon)
+        else:
             # the softmax over the kept logits is the kept probabilities over their sum
             kept_TK = torch.softmax(kept_TK, -1)
-        else:
-            kept_TK = torch.softmax(seen_TE, -1).gather(-1, ids_TK)
         gates_TE = torch.zeros_like(logits_TE).scatter_(-1, ids_TK, kept_TK)
         # softmax(logits) is left to those who read it: decoding does not
         return Routing(gates_TE, None, logits_TE, self.config.top_k)

@@ -18,7 +18,11 @@ from molora.routers.base import LinearGateRouter
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROUTED = [name for name in ROUTERS.names() if name != "none"]
-GATED = [name for name in ROUTED if issubclass(ROUTERS[name], LinearGateRouter)]
+GATED = [
+    name
+    for name in ROUTED
+    if issubclass(ROUTERS[name], LinearGateRouter) and ROUTERS[name].has_probs
+]
 LOSSES = [n for n in OBJECTIVES.names() if not issubclass(OBJECTIVES[n], Steering)]
 TASKS = ["sentiment", "text2sql", "scan"]
 """Tasks that the files in configs/ know."""

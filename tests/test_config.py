@@ -268,6 +268,7 @@ def test_overrides_replace_fields_and_the_first_match_wins() -> None:
         "noise": 0.0,
         "init_range": 0.02,
         "expert_dropout": 0.0,
+        "capacity": None,
     }
     assert config.site("m.layers.2.other").router == config.router
 

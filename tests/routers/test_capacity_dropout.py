@@ -13,7 +13,7 @@ from molora.errors import ConfigError
 from molora.model import sites
 from molora.routers.capacity import limited
 from tests.oracle import Layer
-from tests.registered import GATED, ROUTED, router_settings
+from tests.registered import GATED, router_settings
 
 GATES = torch.tensor(
     [[0.6, 0.4, 0], [0.7, 0, 0.3], [0.8, 0.2, 0], [0.9, 0, 0.1], [0.5, 0.5, 0]]
@@ -85,7 +85,7 @@ def by_hand(site: Any, x: Tensor, real: Tensor, capacity: float) -> Tensor:
     return torch.stack(rows).view(*x.shape[:2], -1)
 
 
-@pytest.mark.parametrize("kind", [k for k in ROUTED if k != "soft"])
+@pytest.mark.parametrize("kind", [k for k in GATED if k != "soft"])
 def test_overflow_is_left_to_the_base(kind: str) -> None:
     model, site = layer_of(kind, capacity=1.0)
     x, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)

@@ -83,6 +83,7 @@ class MoloraLinear(nn.Module):
                 site=path,
                 generator=generator,
             )
+            self.router.bind(self.experts)
             if any(isinstance(o, Steering) for o, _ in self.objectives):
                 self.router.add_bias(site.experts.num_experts)
         assert isinstance(base.weight, Tensor)

@@ -5,7 +5,7 @@ Shape legend (this folder)
 """
 
 import abc
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -135,6 +135,16 @@ class AbstractRouter(nn.Module, abc.ABC):
     def check(cls, config: RouterConfig, num_experts: int) -> str | None:
         """Say why this config means nothing with num_experts, or return None."""
         return None
+
+    def bind(self, experts: Any) -> None:  # noqa: B027
+        """Meet the bank of the same site, for routers that read the experts.
+
+        Args:
+            experts: The expert family's module.
+
+        Raises:
+            ConfigError: The router cannot read this family.
+        """
 
     def add_bias(self, num_experts: int) -> None:
         """Make the bias, which is saved with the router."""

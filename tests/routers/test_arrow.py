@@ -119,6 +119,7 @@ def test_directions_follow_the_experts() -> None:
     assert torch.equal(other.router.directions(), first)
     # written past autograd, as some optimizers do: seen in training
     model.train()
+    assert torch.allclose(site.router.directions().abs(), first.flip(0).abs())
     site.experts.A.data.copy_(site.experts.A.data.flip(0))
     site.experts.Bt.data.copy_(site.experts.Bt.data.flip(0))
     assert torch.allclose(site.router.directions().abs(), first.abs())

@@ -24,7 +24,15 @@ from molora.kernels import (
     triton_gather,
     triton_grouped,
 )
-from molora.kernels.configs import ARCHES, TOKENS, Entry, experts_of, forced, pick
+from molora.kernels.configs import (
+    ARCHES,
+    TOKENS,
+    WITH_FACTOR,
+    Entry,
+    experts_of,
+    forced,
+    pick,
+)
 from molora.kernels.gradients import Needs
 from molora.kernels.machine_code import TARGETS, Numbers, read
 from molora.kernels.triton_traffic import Traffic, traffic
@@ -81,7 +89,8 @@ def recorded(arch: str, only: str | None) -> Iterator[list[Launch]]:
 def compiled(entry: Entry) -> Numbers:
     """Compile one configuration of one kernel and read its machine code."""
     kernel, arch, rank, itemsize, is_cast, config = entry
-    tokens = TOKENS[1] + is_cast
+    uncast = kernel in WITH_FACTOR and itemsize == 2 and not is_cast
+    tokens = TOKENS[1] if uncast else 8192
     with forced(kernel, config), recorded(arch, kernel) as made:
         call(kernel, rank, itemsize, tokens)
     return read(next(launch.compiled for launch in made if launch.name == kernel))

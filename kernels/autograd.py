@@ -147,9 +147,9 @@ class _Update(torch.autograd.Function):
     def forward(
         ctx: Any, base: Tensor, call: tuple[Any, ...], options: Options, link: _Link
     ) -> Tensor:
-        x, *others = call
+        x, A, Bt, gates, scale = call
         path = BACKENDS[options.backend].load()
-        y, z = path.forward(x, base, *others, *options[1:])
+        y, z = path.forward(x, base, A, Bt, gates, scale, *options[1:])
         ctx.link = link
         ctx.save_for_backward(z)
         return y

@@ -287,7 +287,8 @@ KERNELS = tuple(_AMPERE)
 """Kernels that have a table."""
 
 _PER_TOKEN = ("shrink_gate", "expand_add", "bwd_rank")
-_WITH_FACTOR = (*_PER_TOKEN, "grouped_shrink", "grouped_expand")
+WITH_FACTOR = (*_PER_TOKEN, "grouped_shrink", "grouped_expand")
+"""Kernels that read a factor which may have been cast."""
 
 # kernel -> token bucket -> width bucket -> programs per reduction
 _SPLITS: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -464,7 +465,7 @@ def entries() -> Iterator[Entry]:
         ranks: dict[tuple[Config, bool], int] = {}
         for rank, tokens in itertools.product(RANKS, range(len(TOKENS) + 1)):
             config = _config(kernel, arch, rank, tokens, 1, itemsize)._replace(split=1)
-            last = kernel in _WITH_FACTOR and tokens >= 2 and itemsize == 2
+            last = kernel in WITH_FACTOR and tokens >= 2 and itemsize == 2
             ranks[config, last] = max(rank, ranks.get((config, last), 0))
         for (config, is_cast), rank in ranks.items():
             yield Entry(kernel, arch, rank, itemsize, is_cast, config)

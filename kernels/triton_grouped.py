@@ -84,7 +84,8 @@ class Call(NamedTuple):
 def _config(kernel: str, wide: Tensor, r: int) -> Config:
     # one expert at a time, and a matrix instruction needs 16 columns
     columns, arch = max(16, power_of_2(r)), arch_of(wide.device)
-    return pick(kernel, arch, columns, *wide.shape, wide.element_size())
+    tokens, features = wide.shape
+    return pick(kernel, arch, columns, tokens, features, wide.element_size())
 
 
 def shrink(

@@ -144,7 +144,7 @@ def candidates(bucket: Bucket) -> Iterator[Config]:
             yield Config(BM, BN, warps, stages, split, columns)
 
 
-_SPLITS = {
+_SPLITS: dict[str, dict[int, tuple[int, ...]]] = {
     "shrink_gate": {0: (1, 2, 4, 8), 1: (1, 2, 4), 2: (1, 2)},
     "bwd_rank": {0: (1, 2, 4, 8), 1: (1, 2, 4), 2: (1, 2)},
     "wgrad": {2: (1, 2, 4, 8), 3: (1, 2, 4, 8)},

@@ -29,12 +29,13 @@ from molora.fingerprint import (
 from molora.freezing import set_trainable
 from molora.manifest import CARD, CONFIG, TENSORS, write_json
 from molora.manifest import write_manifest as write_manifest
-from molora.model import adapter_parameters, check_wrappable, sites, unwrap, wrap
+from molora.model import check_wrappable, sites, unwrap, wrap
 from molora.model_card import is_generated, model_card
 from molora.saved import AdapterFile, SavedAdapter, read_adapter
 from molora.saved import newest_valid as newest_valid
 from molora.saved import verify as verify
 from molora.targets import find_targets
+from molora.wrapped import adapter_tensors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -210,7 +211,7 @@ def _tensors(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
     """Adapter tensors on the CPU, all present and finite."""
-    names = adapter_parameters(model)
+    names = adapter_tensors(model)
     source = names if state_dict is None else state_dict
     missing = [name for name in names if name not in source]
     if missing:
@@ -261,7 +262,7 @@ def _check_base(saved: SavedAdapter, present: Fingerprint, allowed: bool) -> Non
 
 def _fill(model: nn.Module, saved: SavedAdapter) -> None:
     """Copy tensors into parameters; all are checked before any is changed."""
-    parameters = adapter_parameters(model)
+    parameters = adapter_tensors(model)
     tensors = saved.tensors
     missing = sorted(parameters.keys() - tensors.keys())
     if missing:

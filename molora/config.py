@@ -123,8 +123,6 @@ class AdapterConfig(Schema):
             _check_pair(self.experts, self.router, "")
         else:
             self._check_layout(self.layout)
-        for i, override in enumerate(self.overrides):
-            self._check_override(override, f"overrides[{i}].")
         kinds = [objective.kind for objective in self.balance]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"balance: an objective is listed twice: {kinds}")
@@ -138,6 +136,8 @@ class AdapterConfig(Schema):
                 "balance: there is nothing to balance, every layer has one expert; "
                 "drop the balance block or set num_experts above 1"
             )
+        for where, site in self._site_kinds():
+            _check_objectives(self.balance, site, where)
         return self
 
     @classmethod
@@ -182,19 +182,6 @@ class AdapterConfig(Schema):
         for count in layout.counts:
             _check_pair(self._with_count(count), self.router, "layout.counts: ")
 
-    def _check_override(self, override: Override, where: str) -> None:
-        """Refuse an override that fits none of the layers it might match."""
-        counts = [None] if self.layout is None else self.layout.counts
-        problems = []
-        for count in counts:
-            experts = self.experts if count is None else self._with_count(count)
-            try:
-                self._merged(override, where, experts)
-            except ConfigError as error:
-                problems.append(error)
-        if len(problems) == len(counts):
-            raise problems[0]
-
     def _merged(
         self, override: Override, where: str, before: ExpertsConfig
     ) -> SiteConfig:
@@ -208,11 +195,29 @@ class AdapterConfig(Schema):
             )
         return SiteConfig(experts=experts, router=router)
 
+    def _site_kinds(self) -> list[tuple[str, SiteConfig]]:
+        """Every combination of settings that a layer can have, and where it stands.
+
+        Raises:
+            ConfigError: An override fits none of the layers it might match.
+        """
+        bases = [self.experts]
+        if self.layout is not None:
+            bases = [self._with_count(count) for count in self.layout.counts]
+        kinds = [("", SiteConfig(experts=base, router=self.router)) for base in bases]
+        for i, override in enumerate(self.overrides):
+            where, problems = f"overrides[{i}].", []
+            for base in bases:
+                try:
+                    kinds.append((where, self._merged(override, where, base)))
+                except ConfigError as error:
+                    problems.append(error)
+            if len(problems) == len(bases):
+                raise problems[0]
+        return kinds
+
     def _any_routed(self) -> bool:
-        counts = [self.experts.num_experts]
-        counts += [] if self.layout is None else self.layout.counts
-        counts += [o.experts.get("num_experts", 1) for o in self.overrides]
-        return max(counts) > 1
+        return any(site.experts.num_experts > 1 for _, site in self._site_kinds())
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -278,3 +283,18 @@ def _check_pair(experts: ExpertsConfig, router: RouterConfig, where: str) -> Non
             f"router.kind={router.kind!r} with num_experts=1: one expert needs no "
             "router; set router.kind to none, or num_experts above 1"
         )
+
+
+def _check_objectives(
+    balance: list[ObjectiveConfig], site: SiteConfig, where: str
+) -> None:
+    """Refuse an objective that means nothing with a layer's router and experts."""
+    experts = site.experts.num_experts
+    if experts == 1:
+        return
+    for i, objective in enumerate(balance):
+        router = ROUTERS[site.router.kind]
+        reason = OBJECTIVES[objective.kind].check(objective, router, experts)
+        if reason:
+            told = f" (at {where[:-1]})" if where else ""
+            raise ConfigError(f"balance[{i}]{told}: {reason}")

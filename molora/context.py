@@ -9,18 +9,31 @@ Shape legend
     B rows   S positions   T = B * S tokens
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from molora.errors import RoutingError
+from molora.token_mask import mask_from_attention
+from molora.token_mask import mask_from_labels as mask_from_labels
+from molora.token_mask import mask_from_positions as mask_from_positions
 
 if TYPE_CHECKING:
     from molora.records import RoutingTrace, SiteStats
+
+
+class TokenRows(NamedTuple):
+    """Rows that the flat tokens of a site belong to: equally many each, in order."""
+
+    num_rows: int
+    """B."""
+    tasks: tuple[str, ...] | None
+    """Task of each row; None when not given."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,29 @@ class ForwardContext:
             "told from real tokens there. Add the site to exclude_modules, or drop "
             "the balance objective."
         )
+
+    def token_rows(self, shape: Sequence[int], site: str) -> TokenRows:
+        """Rows of the tokens that a site sees, with their tasks.
+
+        Args:
+            shape: Shape of the site's input, (B, S, I), or flat (B * S, I).
+            site: Module path, for the message.
+
+        Raises:
+            RoutingError: The input cannot be cut into the rows of the batch, or their
+                number is no multiple of the number of tasks.
+        """
+        stacked = len(shape) == 3 and shape[0] > 1
+        rows = self.rows or (shape[0] if len(shape) == 3 else 0)
+        flat = not stacked and rows > 0 and math.prod(shape[:-1]) % rows == 0
+        if not (flat or (stacked and shape[0] == rows)):
+            raise RoutingError(
+                f"site {site!r}: its input {tuple(shape)} does not line up with the "
+                f"{rows or 'unknown'} rows of the batch, so the task of a token cannot "
+                "be told there. Add the site to exclude_modules, or drop the balance "
+                "objective that reads tasks."
+            )
+        return TokenRows(rows, self.row_tasks(rows))
 
     def row_tasks(self, rows: int) -> tuple[str, ...] | None:
         """Tasks of the rows; beams repeat each row's task.
@@ -211,71 +247,9 @@ def forward_context(
     if isinstance(mask, Tensor):
         source = "attention_mask"
         cache = arguments.get("past_key_values")
-        mask_BS = _from_attention_mask(mask, positions, cache)
+        mask_BS = mask_from_attention(mask, positions, cache)
     elif isinstance(position_ids, Tensor) and position_ids.dim() == 2:
         source, mask_BS = "position_ids", mask_from_positions(position_ids)
     elif isinstance(labels, Tensor) and labels.dim() == 2:
         source, mask_BS = "labels", mask_from_labels(labels)
     return ForwardContext(mask_BS, tasks, source, rows)
-
-
-def _from_attention_mask(mask: Tensor, positions: int | None, cache: Any) -> Tensor:
-    """Real tokens of a 2-D mask, or of the diagonal of a 4-D one."""
-    if mask.dim() == 4:
-        rows, _, queries, keys = mask.shape
-        # a static cache has columns after those of the input; stay on the device
-        start: Any = keys - queries
-        if cache is not None:
-            start = torch.as_tensor(cache.get_seq_length()).clamp(max=start)
-        columns_S = torch.arange(queries, device=mask.device) + start
-        columns_BS1 = columns_S.expand(rows, -1).unsqueeze(-1)
-        diagonal = mask[:, 0].gather(-1, columns_BS1).squeeze(-1)
-        return diagonal >= 0 if diagonal.is_floating_point() else diagonal.bool()
-    if mask.dim() != 2:
-        raise RoutingError(
-            f"attention_mask has shape {tuple(mask.shape)}; routing reads a 2-D mask "
-            "[rows, positions] or a 4-D one [rows, 1, positions, positions]"
-        )
-    real = mask.bool()
-    return real if positions is None else real[:, -positions:]
-
-
-def mask_from_positions(position_ids: Tensor) -> Tensor:
-    """Real tokens of packed rows, told from position ids alone.
-
-    A token is real when its position follows that of the token before it, or when it
-    starts a sequence: position 0, or the first column, followed by the next position.
-    Constant or negative positions are alignment padding. A sequence of one single
-    token inside a longer row cannot be told from padding and counts as padding.
-
-    Args:
-        position_ids: [B, S] integers.
-
-    Returns:
-        Bool [B, S].
-    """
-    if position_ids.shape[1] < 2:
-        return position_ids >= 0
-    follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    none = torch.zeros_like(follows[:, :1])
-    continues = torch.cat([none, follows], dim=1)
-    leads = torch.cat([follows, none], dim=1)
-    starts = position_ids == 0
-    starts[:, 0] = True
-    return (continues | (starts & leads)) & (position_ids >= 0)
-
-
-def mask_from_labels(labels: Tensor) -> Tensor:
-    """Real tokens of right-padded rows, told from labels alone.
-
-    Everything up to a row's last supervised token is real: the prompt, which labels
-    leave out, included. A row without any supervised token is all padding.
-
-    Args:
-        labels: [B, S] integers, -100 where not supervised.
-
-    Returns:
-        Bool [B, S].
-    """
-    supervised = (labels != -100).int()
-    return supervised.flip(1).cumsum(1).flip(1) > 0

@@ -18,10 +18,12 @@ from molora.config import SiteConfig
 from molora.context import ForwardContext, Runtime, in_backward
 from molora.errors import RoutingError, WrapError
 from molora.experts import EXPERTS, AbstractExperts, BilinearExperts
+from molora.kernels import Layer
 from molora.records import SiteStats
 from molora.routers import ROUTERS, Routing
-from molora.routers.balance import Objective, attach
+from molora.routers.balance import Objective, Steering, attach
 from molora.routers.base import AbstractRouter
+from molora.routers.capacity import limited
 
 SUPPORTED = (nn.Linear, Conv1D)
 """Layer types that can host a bank."""
@@ -84,6 +86,9 @@ class MoloraLinear(nn.Module):
                 site=path,
                 generator=generator,
             )
+            self.router.bind(self.experts)
+            if any(isinstance(o, Steering) for o, _ in self.objectives):
+                self.router.add_bias(site.experts.num_experts)
         assert isinstance(base.weight, Tensor)
         for module in (self.experts, self.router):
             if module is not None:
@@ -129,12 +134,26 @@ class MoloraLinear(nn.Module):
             return single_TO.view(shape)
         watched = bool(self.objectives) and self.training
         watched = watched or runtime.trace is not None or runtime.stats is not None
-        context = runtime.context_for(self.path, needed=watched)
-        routing: Routing = self.router(x_TI, context)
+        capacity = self.router.capacity if self.training else None
+        needed = watched or capacity is not None
+        context = runtime.context_for(self.path, needed=needed)
+        wanted: Routing = self.router(x_TI, context)
+        routing = wanted
+        if capacity is not None:
+            weight_T = context.token_weights(x.shape, self.path)
+            routing = wanted._replace(gates=limited(wanted.gates, capacity, weight_T))
         base = self._base(x, x_TI, routing.gates)
         y_TO: Tensor = self.experts(x_TI, routing.gates, base, routing.top_k)
         if watched:
-            y_TO = self._watch(y_TO, routing, context, x.shape)
+            # sums of tokens are not for half precision, which autocast would use
+            with torch.autocast(y_TO.device.type, enabled=False):
+                values: dict[str, Tensor] = {}
+                if self.training:
+                    # objectives see what tokens asked for, overflow included
+                    y_TO = self._balance(y_TO, wanted, context, x.shape, values)
+                # a recomputation in backward repeats a forward that is on record
+                if not in_backward():
+                    self._record(routing, context, x.shape, values)
         return y_TO.view(shape)
 
     def _base(self, x: Tensor, x_TI: Tensor, gates: Tensor | None) -> Tensor | Layer:
@@ -150,38 +169,66 @@ class MoloraLinear(nn.Module):
         y: Tensor = self.base(x_TI.view(shape))
         return y.reshape(-1, self.out_features)
 
-    def _watch(
-        self, y_TO: Tensor, routing: Routing, context: ForwardContext, shape: torch.Size
+    def _balance(
+        self,
+        y_TO: Tensor,
+        routing: Routing,
+        context: ForwardContext,
+        shape: torch.Size,
+        values: dict[str, Tensor],
     ) -> Tensor:
-        """Record the routing and attach the balance objectives."""
-        # sums of tokens are not for half precision, which autocast would use
-        with torch.autocast(y_TO.device.type, enabled=False):
-            return self._watch_exactly(y_TO, routing, context, shape)
-
-    def _watch_exactly(
-        self, y_TO: Tensor, routing: Routing, context: ForwardContext, shape: torch.Size
-    ) -> Tensor:
+        """Attach the balance objectives, and note their values."""
         weight_T = context.token_weights(shape, self.path)
-        values: dict[str, Tensor] = {}
-        if self.training:
-            for objective, weight in self.objectives:
-                value = objective(routing, weight_T)
-                values[objective.config.kind] = value
-                if torch.is_grad_enabled():
-                    self._require_path(objective.config.kind, value, y_TO)
-                    y_TO = attach(y_TO, value, weight, self.runtime)
-        # a recomputation in backward repeats a forward that is already on record
-        if not in_backward():
-            if self.runtime.trace is not None:
-                self.runtime.trace.add(self.path, routing, context, shape, weight_T)
-            if self.runtime.stats is not None and self.training:
-                stats = self.runtime.stats.get(self.path)
-                if stats is None:
-                    gates = routing.gates
-                    stats = SiteStats.empty(gates.shape[-1], gates.device)
-                    self.runtime.stats[self.path] = stats
-                stats.add(routing, weight_T, values)
+        for objective, weight in self.objectives:
+            rows = None
+            if objective.needs_tasks:
+                rows = context.token_rows(shape, self.path)
+            value = values[objective.config.kind] = objective(routing, weight_T, rows)
+            if isinstance(objective, Steering):
+                self._count(routing, weight_T)
+            elif torch.is_grad_enabled():
+                self._require_path(objective.config.kind, value, y_TO)
+                y_TO = attach(y_TO, value, weight, self.runtime)
         return y_TO
+
+    @torch.no_grad()
+    def _count(self, routing: Routing, weight_T: Tensor | None) -> None:
+        """Add a forward to the load that moves the bias."""
+        assert self.router is not None
+        # a recomputation in backward repeats a forward that was counted
+        if not in_backward():
+            load_E, before_E = routing.load(weight_T), self.router.load_E
+            self.router.load_E = load_E if before_E is None else before_E + load_E
+
+    def _record(
+        self,
+        routing: Routing,
+        context: ForwardContext,
+        shape: torch.Size,
+        values: dict[str, Tensor],
+    ) -> None:
+        """Add to the trace and to the running sums, where somebody reads them."""
+        weight_T = context.token_weights(shape, self.path)
+        runtime = self.runtime
+        if runtime.trace is not None:
+            runtime.trace.add(self.path, routing, context, shape, weight_T)
+        if runtime.stats is not None and self.training:
+            stats = runtime.stats.get(self.path)
+            if stats is None:
+                gates = routing.gates
+                stats = SiteStats.empty(gates.shape[-1], gates.device)
+                runtime.stats[self.path] = stats
+            stats.add(routing, weight_T, values)
+
+    @torch.no_grad()
+    def after_optimizer_step(self, taken: bool) -> None:
+        """Let objectives that steer act on the router; see ``molora.model``."""
+        if self.router is None:
+            return
+        for objective, _ in self.objectives:
+            if isinstance(objective, Steering) and taken:
+                objective.step(self.router)
+        self.router.load_E = None
 
     def _require_path(self, kind: str, value: Tensor, y_TO: Tensor) -> None:
         # a frozen router still passes a gradient to x, which would train other layers

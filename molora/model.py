@@ -154,6 +154,23 @@ def unmerge(model: M) -> M:
     return model
 
 
+def after_optimizer_step(model: nn.Module, taken: bool = True) -> None:
+    """Let balance objectives act that move routers between steps (``bias``).
+
+    The trainer calls it. A training loop of one's own calls it once after each
+    ``optimizer.step()``; without such an objective it does nothing.
+
+    Args:
+        model: A wrapped model.
+        taken: False where the step was left out: what was counted for it is dropped.
+
+    Raises:
+        WrapError: The model is not wrapped.
+    """
+    for site in sites(model).values():
+        site.after_optimizer_step(taken)
+
+
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Make the model exactly the base model inside the block; nests.

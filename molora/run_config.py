@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from molora.collapse import COLLAPSERS
 from molora.config import AdapterConfig, read_yaml
 from molora.errors import ConfigError
+from molora.routers import OBJECTIVES
 from molora.schema import Schema, nearest
 from molora.training.arguments import build_arguments
 from molora.training.data import DataConfig
@@ -115,6 +116,15 @@ class RunConfig(Schema):
             raise ConfigError("training.output_dir: this field is required")
         build_arguments(raw, "training")
         return raw
+
+    @pydantic.model_validator(mode="after")
+    def _tasks_are_known(self) -> Self:
+        names = [task.name for task in self.data.tasks]
+        for i, objective in enumerate(self.adapter.balance):
+            reason = OBJECTIVES[objective.kind].check_tasks(objective, names)
+            if reason:
+                raise ConfigError(f"adapter.balance[{i}]: {reason}")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _one_seed(self) -> Self:

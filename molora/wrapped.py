@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from molora.config import AdapterConfig
 from molora.context import ContextCheckpoint, Runtime, forward_context
@@ -121,6 +121,19 @@ def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
         for part in ("experts", "router")
         if getattr(site, part) is not None
         for name, parameter in getattr(site, part).named_parameters(f"{path}.{part}")
+    }
+
+
+def adapter_tensors(model: Any) -> dict[str, Tensor]:
+    """What an adapter is saved as: its parameters, and buffers such as a bias."""
+    return {
+        name: tensor
+        for path, site in sites(model).items()
+        for part in ("experts", "router")
+        if getattr(site, part) is not None
+        for name, tensor in getattr(site, part)
+        .state_dict(prefix=f"{path}.{part}.", keep_vars=True)
+        .items()
     }
 
 

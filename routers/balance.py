@@ -10,15 +10,16 @@ Shape legend
 """
 
 import abc
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pydantic
 import torch
 from torch import Tensor
 
-from molora.context import Runtime
+from molora.context import Runtime, TokenRows
 from molora.registry import Registry
-from molora.routers.base import Routing
+from molora.routers.base import AbstractRouter, Routing
 from molora.schema import Schema
 
 
@@ -39,21 +40,70 @@ class Objective(abc.ABC):
     """
 
     Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
+    needs_tasks: ClassVar[bool] = False
+    """Whether it reads the task of each row; ``rows`` is given to those alone."""
+
+    @classmethod
+    def check(
+        cls, config: ObjectiveConfig, router: type[AbstractRouter], num_experts: int
+    ) -> str | None:
+        """Say why this config means nothing with a router, or return None."""
+        if not router.has_probs:
+            return (
+                "the gates of this router.kind are no probabilities over the experts, "
+                "so there is nothing to balance; drop the objective"
+            )
+        return None
+
+    @classmethod
+    def check_tasks(cls, config: ObjectiveConfig, names: Sequence[str]) -> str | None:
+        """Say why this config means nothing with the tasks of a run, or return None."""
+        return None
 
     def __init__(self, config: ObjectiveConfig):
         self.config = config
 
     @abc.abstractmethod
-    def __call__(self, routing: Routing, weight_T: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        routing: Routing,
+        weight_T: Tensor | None,
+        rows: TokenRows | None = None,
+    ) -> Tensor:
         """Evaluate on real tokens.
 
         Args:
             routing: One site's routing.
             weight_T: 1 at real tokens, 0 at padding; None when all are real.
+            rows: Rows that the tokens belong to, for objectives that need tasks.
 
         Returns:
             Unweighted scalar, zero with a graph when no token is real.
+
+        Raises:
+            RoutingError: A row's task is missing or unknown.
         """
+
+
+class Steering(Objective):
+    """An objective without a gradient, which moves ``bias_E`` between steps instead."""
+
+    @abc.abstractmethod
+    def step(self, router: AbstractRouter) -> None:
+        """Act on a router after an optimizer step, by the load that it has counted."""
+
+
+def mean_over_tokens(values: Tensor, weight_T: Tensor | None) -> Tensor:
+    """Mean of values [T, ...] over real tokens; zero with a graph when there are none.
+
+    Args:
+        values: One or more numbers per token.
+        weight_T: 1 at real tokens, 0 at padding; None when all are real.
+    """
+    if weight_T is None:
+        return values.sum(0) / max(values.shape[0], 1)
+    weight_T = weight_T.to(values.dtype)
+    return weight_T @ values / weight_T.sum().clamp(min=1)
 
 
 OBJECTIVES: Registry[Objective] = Registry("balance objective")
@@ -70,7 +120,12 @@ class SwitchBalance(Objective):
     Limitations: 1 is the value at uniform routing, not a lower bound.
     """
 
-    def __call__(self, routing: Routing, weight_T: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        routing: Routing,
+        weight_T: Tensor | None,
+        rows: TokenRows | None = None,
+    ) -> Tensor:
         """See base class."""
         probs_TE = routing.probs
         assigned_TE = routing.assigned()
@@ -93,13 +148,15 @@ class ZLoss(Objective):
     Zoph et al. 2022 (ST-MoE), equation 5.
     """
 
-    def __call__(self, routing: Routing, weight_T: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        routing: Routing,
+        weight_T: Tensor | None,
+        rows: TokenRows | None = None,
+    ) -> Tensor:
         """See base class."""
         squares_T = torch.logsumexp(routing.logits, dim=-1).square()
-        if weight_T is None:
-            return squares_T.sum() / max(squares_T.shape[0], 1)
-        weight_T = weight_T.to(squares_T.dtype)
-        return (squares_T * weight_T).sum() / weight_T.sum().clamp(min=1)
+        return mean_over_tokens(squares_T, weight_T)
 
 
 def attach(y: Tensor, value: Tensor, weight: float, runtime: Runtime) -> Tensor:

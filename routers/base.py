@@ -5,17 +5,16 @@ Shape legend (this folder)
 """
 
 import abc
-import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
 from molora.context import ForwardContext
-from molora.errors import RoutingError
 from molora.kernels import router_logits
 from molora.registry import Registry
+from molora.routers.gates import require_finite
 from molora.schema import Schema
 
 
@@ -29,8 +28,9 @@ class Routing(NamedTuple):
     logits: Tensor
     """[T, E] after noise and temperature."""
     top_k: int | None
-    """Experts that a token uses at most, where the router selects; None: it uses all.
-    The gate of an expert that was not selected is zero and has no gradient."""
+    """Experts that a token uses at most, where the router selects (E where their number
+    varies); None: it uses all. The gate of an expert that was not selected is zero and
+    nothing reads its gradient."""
 
     @property
     def probs(self) -> Tensor:
@@ -48,6 +48,17 @@ class Routing(NamedTuple):
             return gates_TE.sign()
         top_T1 = self.probs.argmax(-1, keepdim=True)
         return torch.zeros_like(gates_TE).scatter_(-1, top_T1, 1.0)
+
+    def load(self, weight_T: Tensor | None) -> Tensor:
+        """Number of real tokens assigned to each expert, [E].
+
+        Args:
+            weight_T: 1 at real tokens, 0 at padding; None when all are real.
+        """
+        assigned_TE = self.assigned()
+        if weight_T is None:
+            return assigned_TE.sum(0)
+        return weight_T.to(assigned_TE.dtype) @ assigned_TE
 
 
 class RouterConfig(Schema):
@@ -70,17 +81,74 @@ class GateConfig(RouterConfig):
     """Standard deviation of Gaussian noise on the logits, in training only."""
     init_range: float = pydantic.Field(default=0.02, ge=0)
     """Standard deviation of the gate's initial weights; small means near uniform."""
+    expert_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    """Probability that a token cannot see an expert, in training only; the others share
+    its gate, and one expert always stays."""
+    capacity: float | None = pydantic.Field(default=None, ge=1)
+    """Multiple of the mean load that an expert serves, in training only; what goes
+    beyond is left to the base alone. None sets no limit."""
 
 
 class AbstractRouter(nn.Module, abc.ABC):
-    """Chooses experts for each token."""
+    """Chooses experts for each token.
+
+    Args:
+        config: Settings.
+        in_features: I.
+        num_experts: E.
+        site: Module path of the target layer, for messages.
+        generator: Source of the initial weights.
+
+    Attributes:
+        capacity: Multiple of the mean load that an expert serves in training, or None.
+        bias_E: Added to what experts are ranked by, once ``add_bias`` was called.
+        load_E: Tokens assigned to each expert since the bias was moved; None: none. Not
+            a buffer: DistributedDataParallel would copy that of the first process.
+    """
 
     Config: ClassVar[type[RouterConfig]]
+    selects: ClassVar[bool] = True
+    """Whether some gates are zero."""
+    has_probs: ClassVar[bool] = True
+    """Whether each token has a distribution over the experts, to balance."""
+    ranks: ClassVar[bool] = False
+    """Whether it takes a fixed number of experts by rank, and reads ``bias_E``."""
+    capacity: float | None = None
+    bias_E: Tensor | None
+    load_E: Tensor | None = None
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        in_features: int,
+        num_experts: int,
+        site: str,
+        generator: torch.Generator,
+    ):
+        super().__init__()
+        self.config = config
+        self.site = site
+        self.register_buffer("bias_E", None)
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> str | None:
         """Say why this config means nothing with num_experts, or return None."""
         return None
+
+    def bind(self, experts: Any) -> None:  # noqa: B027
+        """Meet the bank of the same site, for routers that read the experts.
+
+        Args:
+            experts: The expert family's module.
+
+        Raises:
+            ConfigError: The router cannot read this family.
+        """
+
+    def add_bias(self, num_experts: int) -> None:
+        """Make the bias, which is saved with the router."""
+        self.register_buffer("bias_E", torch.zeros(num_experts))
 
     @abc.abstractmethod
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
@@ -99,15 +167,7 @@ class AbstractRouter(nn.Module, abc.ABC):
 
 
 class LinearGateRouter(AbstractRouter):
-    """Base of routers whose logits are a linear map of the token.
-
-    Args:
-        config: Settings.
-        in_features: I.
-        num_experts: E.
-        site: Module path of the target layer, for messages.
-        generator: Source of the initial weights.
-    """
+    """Base of routers whose logits are a linear map of the token; see base class."""
 
     def __init__(
         self,
@@ -118,12 +178,78 @@ class LinearGateRouter(AbstractRouter):
         site: str,
         generator: torch.Generator,
     ):
-        super().__init__()
-        self.config = config
-        self.site = site
+        super().__init__(
+            config,
+            in_features=in_features,
+            num_experts=num_experts,
+            site=site,
+            generator=generator,
+        )
+        self.capacity = config.capacity
         self.gate = nn.utils.skip_init(nn.Linear, in_features, num_experts, bias=False)
         with torch.no_grad():
             self.gate.weight.normal_(0.0, config.init_range, generator=generator)
+
+    @classmethod
+    def check(cls, config: RouterConfig, num_experts: int) -> str | None:
+        """See base class."""
+        assert isinstance(config, GateConfig)
+        if config.capacity is not None and not cls.selects:
+            return (
+                f"router.capacity={config.capacity}: router.kind {config.kind!r} gives "
+                "every token to every expert, so nothing can overflow; drop it, or set "
+                "router.kind to topk"
+            )
+        return super().check(config, num_experts)
+
+    def available(self, logits: Tensor) -> Tensor:
+        """Logits with -inf at the experts that expert dropout hides.
+
+        Args:
+            logits: [T, E].
+
+        Returns:
+            [T, E]; the same tensor where nothing is dropped.
+        """
+        config = self.config
+        assert isinstance(config, GateConfig)
+        if not (self.training and config.expert_dropout):
+            return logits
+        drawn_TE = torch.rand_like(logits)
+        luckiest_T1 = drawn_TE.amax(-1, keepdim=True)
+        hidden_TE = (drawn_TE < config.expert_dropout) & (drawn_TE < luckiest_T1)
+        return logits.masked_fill(hidden_TE, -torch.inf)
+
+    def probs(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Softmax of the available experts, and ``Routing.full``.
+
+        Args:
+            logits: [T, E].
+
+        Returns:
+            [T, E] to choose from, and the same where nothing was dropped, else None.
+        """
+        seen_TE = self.available(logits)
+        probs_TE = torch.softmax(seen_TE, -1)
+        return probs_TE, probs_TE if seen_TE is logits else None
+
+    def biased(self, logits: Tensor) -> Tensor:
+        """Probabilities plus ``bias_E``, to rank experts by; -inf stays last.
+
+        Args:
+            logits: [T, E].
+
+        Returns:
+            [T, E] without a gradient.
+        """
+        assert self.bias_E is not None
+        logits = logits.detach()
+        scores_TE = torch.softmax(logits, -1) + self.bias_E
+        return scores_TE.masked_fill(logits == -torch.inf, -torch.inf)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Logits before noise and temperature, [T, E] in at least float32."""
+        return router_logits(x, self.gate.weight)
 
     def logits(self, x: Tensor) -> Tensor:
         """Gate logits after noise and temperature.
@@ -139,32 +265,13 @@ class LinearGateRouter(AbstractRouter):
         """
         config = self.config
         assert isinstance(config, GateConfig)
-        logits_TE = router_logits(x, self.gate.weight)
-        _require_finite(logits_TE, self.site)
+        logits_TE = self.scores(x)
+        require_finite(logits_TE, self.site)
         if self.training and config.noise:
             logits_TE = logits_TE + config.noise * torch.randn_like(logits_TE)
         if config.temperature != 1.0:
             logits_TE = logits_TE / config.temperature
         return logits_TE
-
-
-def _require_finite(logits_TE: Tensor, site: str) -> None:
-    """Raise when a logit is not finite; asynchronous on devices."""
-    on_cpu = logits_TE.device.type == "cpu"
-    if on_cpu and len(logits_TE) == 1:
-        # one token while decoding: cheaper to read than to sum
-        if math.isfinite(sum(logits_TE.tolist()[0])):
-            return
-    elif on_cpu and math.isfinite(logits_TE.sum().item()):
-        return
-    message = (
-        f"site {site!r}: router logits are not finite. The layer's input or the "
-        "router's weights hold NaN or infinity; lower the learning rate or look "
-        "for the first layer that overflows."
-    )
-    if on_cpu:
-        raise RoutingError(message)
-    torch._assert_async(torch.isfinite(logits_TE.sum()), message)
 
 
 ROUTERS: Registry[AbstractRouter] = Registry("router")

@@ -6,7 +6,6 @@ Reference: Zadouri et al. 2023 (MoLORA), arXiv:2309.05444, equation 2.
 Shape legend: see base.py.
 """
 
-import torch
 from torch import Tensor
 
 from molora.context import ForwardContext
@@ -21,11 +20,13 @@ class SoftRouter(LinearGateRouter):
     likeliest expert.
     """
 
+    selects = False
+
     class Config(GateConfig):
         """Settings of soft routing."""
 
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class."""
         logits_TE = self.logits(x)
-        probs_TE = torch.softmax(logits_TE, dim=-1)
-        return Routing(probs_TE, probs_TE, logits_TE, top_k=None)
+        gates_TE, full_TE = self.probs(logits_TE)
+        return Routing(gates_TE, full_TE, logits_TE, top_k=None)

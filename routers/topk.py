@@ -9,6 +9,8 @@ network); selection after the softmax as in Gao et al. 2024 (MoLA), arXiv:2402.0
 Shape legend: see base.py.
 """
 
+from typing import ClassVar
+
 import pydantic
 import torch
 from torch import Tensor
@@ -31,6 +33,10 @@ class TopKRouter(LinearGateRouter):
     the task loss does not train the router, so that combination is refused.
     """
 
+    ranks = True
+    epsilon: ClassVar[float] = 0.0
+    """Added to the sum that gates are divided by."""
+
     class Config(GateConfig):
         """Settings of top-k routing."""
 
@@ -52,17 +58,25 @@ class TopKRouter(LinearGateRouter):
                 "router.top_k=1 with renormalize: true makes every gate exactly 1, so "
                 "the router would never learn from the task; set renormalize: false"
             )
-        return None
+        return super().check(config, num_experts)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class."""
         logits_TE = self.logits(x)
-        kept_TK, ids_TK = logits_TE.topk(self.config.top_k)
-        if self.config.renormalize:
+        seen_TE = self.available(logits_TE)
+        if self.bias_E is None:
+            kept_TK, ids_TK = seen_TE.topk(self.config.top_k)
+        else:
+            ids_TK = self.biased(seen_TE).topk(self.config.top_k).indices
+            kept_TK = seen_TE.gather(-1, ids_TK)
+        if not self.config.renormalize:
+            kept_TK = torch.softmax(seen_TE, -1).gather(-1, ids_TK)
+        elif self.epsilon:
+            kept_TK = torch.softmax(seen_TE, -1).gather(-1, ids_TK)
+            kept_TK = kept_TK / (kept_TK.sum(-1, keepdim=True) + self.epsilon)
+        else:
             # the softmax over the kept logits is the kept probabilities over their sum
             kept_TK = torch.softmax(kept_TK, -1)
-        else:
-            kept_TK = torch.softmax(logits_TE, -1).gather(-1, ids_TK)
         gates_TE = torch.zeros_like(logits_TE).scatter_(-1, ids_TK, kept_TK)
         # softmax(logits) is left to those who read it: decoding does not
         return Routing(gates_TE, None, logits_TE, self.config.top_k)

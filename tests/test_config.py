@@ -54,7 +54,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     # kinds
     ({"experts": {**E4, "kind": "lorra"}}, ["experts.kind: unknown expert", "'lora'?"]),
     ({"experts": {"num_experts": 4}}, ["experts.kind: this field is required", "lora"]),
-    ({"router": {"kind": "tokp"}}, ["router.kind: unknown router", "'topk'?"]),
+    ({"router": {"kind": "topkk"}}, ["router.kind: unknown router", "'topk'?"]),
     ({"router": {"kind": 3}}, ["router.kind: unknown router '3'"]),
     (
         {"balance": [{"kind": "swich", "weight": 1.0}]},
@@ -267,6 +267,8 @@ def test_overrides_replace_fields_and_the_first_match_wins() -> None:
         "temperature": 2.0,
         "noise": 0.0,
         "init_range": 0.02,
+        "expert_dropout": 0.0,
+        "capacity": None,
     }
     assert config.site("m.layers.2.other").router == config.router
 

@@ -58,17 +58,22 @@ def test_it_is_built_and_every_trained_value_is_reached(
     # eight segments of four singular values need layers of 32 features
     more = {"num_key_value_heads": 4} if file.stem == "goat" else {}
     model = molora.wrap(base(**more), config.adapter, seed=config.seed)
-    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    tasks = [task.name for task in config.data.tasks]
+    size = (len(tasks), 12)
+    ids = torch.randint(3, 128, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), molora.disabled(model):
         before = model(ids).logits
-    if all(site.experts.starts_at_zero for site in sites(model).values()):
-        torch.testing.assert_close(model(ids).logits, before)
+    zero = all(site.experts.starts_at_zero for site in sites(model).values())
+    with molora.tasks(model, tasks):
+        if zero:
+            torch.testing.assert_close(model(ids).logits, before)
     model.train()
     with torch.no_grad():
         for site in sites(model).values():
             for parameter in site.experts.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model(input_ids=ids, labels=ids).loss.backward()
+    with molora.tasks(model, tasks):
+        model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in adapter_parameters(model).items():
         if name.endswith(("A_start", "Bt_start")):
             assert not parameter.requires_grad and parameter.grad is None

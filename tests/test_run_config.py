@@ -180,7 +180,7 @@ def test_wrong_overrides(file: Path, override: str, message: str) -> None:
         ("kind: lora", "kind: lore", "adapter.experts.kind: .*Did you mean 'lora'"),
         ("top_k: 2", "topk: 2", "adapter.router.topk: unknown.* 'top_k'"),
         ("top_k: 2", "top_k: 5", "adapter.*router.top_k=5 exceeds num_experts=4"),
-        ("kind: topk", "kind: topp", "adapter.router.kind: .*Did you mean 'topk'"),
+        ("kind: topk", "kind: topkk", "adapter.router.kind: .*Did you mean 'topk'"),
         ("weight: 0.01", "wight: 1", r"adapter.balance\[0\].wight: unknown.*'weight'"),
         ("match:", "mach:", "adapter.overrides.0.mach: unknown.* 'match'"),
         ("{r: 1}", "{q: 1}", r"adapter.*overrides\[0\].experts.q: unknown field"),

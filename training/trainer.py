@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import SaveStrategy
 
 from molora.errors import TrainingError
-from molora.model import tasks
+from molora.model import after_optimizer_step, tasks
 from molora.training.arguments import MoloraTrainingSettings
 from molora.training.checkpointing import CheckpointingMixin
 from molora.training.checks import check_model, check_setup, datasets
@@ -324,6 +324,10 @@ class _Events(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.begin()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # a step that was left out leaves its gradient norm on record
+        after_optimizer_step(self.trainer.model, self.trainer.guard.in_row == 0)
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         # under several processes accelerate does not reach the sampler after a resume

@@ -32,8 +32,9 @@ def tune(
         raise ConfigError("molora kernels tune needs triton: pip install triton")
     # imports triton
     from molora.kernels import tune as tuning
+    from molora.kernels.triton_tiles import arch_of
 
-    arch = tuning.arch_of(torch.device("cuda", torch.cuda.current_device()))
+    arch = arch_of(torch.device("cuda", torch.cuda.current_device()))
     path = path or table_path(arch)
     found = tuning.tune(path, kernels or KERNELS, ranks or RANKS, jobs=jobs)
     table = Table(title=f"Microseconds on {torch.cuda.get_device_name()}")

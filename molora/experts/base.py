@@ -36,8 +36,8 @@ class AbstractExperts(nn.Module, abc.ABC):
 
     Config: ClassVar[type[ExpertsConfig]]
     takes_layer: ClassVar[bool] = False
-    """Whether ``forward`` also takes the frozen layer itself in place of its output; then
-    ``edit_input`` changes nothing."""
+    """Whether ``forward`` also takes the frozen layer itself in place of its output;
+    ``edit_input`` then changes nothing."""
     starts_at_zero: ClassVar[bool] = True
     """Whether the update is zero before training."""
     frozen: ClassVar[tuple[str, ...]] = ()

@@ -15,16 +15,13 @@ import molora
 from molora.context import Runtime
 from molora.errors import RoutingError
 from molora.model import adapter_parameters, sites
-from molora.routers import OBJECTIVES, Routing
+from molora.routers import Routing
 from molora.routers.balance import attach
+from tests.registered import LOSSES, objective
+from tests.registered import value as value_of
 
 Factory = Callable[..., PreTrainedModel]
 MODES = {"eager": None, "non-reentrant": False, "reentrant": True}
-
-
-def objective(kind: str) -> Any:
-    cls = OBJECTIVES[kind]
-    return cls(cls.Config(kind=kind, weight=1.0))
 
 
 def routing(probs: Tensor, K: int, sparse: bool = True) -> Routing:
@@ -80,7 +77,7 @@ def test_z_by_hand() -> None:
     assert objective("z")(made, mask) == pytest.approx(want, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES.names())
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("T", [0, 4])
 def test_no_real_token_gives_zero_with_a_graph(kind: str, T: int) -> None:
     z = torch.randn(T, 3, generator=torch.Generator().manual_seed(0))
@@ -89,13 +86,13 @@ def test_no_real_token_gives_zero_with_a_graph(kind: str, T: int) -> None:
     made = Routing(p, p, z, None)
     masks = [torch.zeros(T, dtype=torch.bool)] + ([None] if T == 0 else [])
     for mask in masks:
-        value = objective(kind)(made, mask)
+        value = value_of(objective(kind), made, mask)
         assert value == 0
         (grad,) = torch.autograd.grad(value, z, retain_graph=True)
         assert torch.equal(grad, torch.zeros(T, 3))
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES.names())
+@pytest.mark.parametrize("kind", LOSSES)
 def test_padding_has_no_gradient_and_no_weight(kind: str) -> None:
     g = torch.Generator().manual_seed(0)
     z = torch.randn(9, 4, generator=g, dtype=torch.float64)
@@ -103,7 +100,7 @@ def test_padding_has_no_gradient_and_no_weight(kind: str) -> None:
     values, grads = [], []
     for logits, m in ((z, mask), (z[mask], None)):
         leaf = logits.clone().requires_grad_()
-        value = objective(kind)(routing_of(leaf), m)
+        value = value_of(objective(kind), routing_of(leaf), m)
         values.append(value.item())
         grads.append(torch.autograd.grad(value, leaf)[0])
     assert values[0] == pytest.approx(values[1], rel=1e-12)

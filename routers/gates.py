@@ -1,0 +1,52 @@
+"""Small functions of gates and logits that routers share.
+
+Shape legend: see base.py.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from molora.errors import RoutingError
+
+
+def share(kept_TE: Tensor, chosen_TE: Tensor) -> Tensor:
+    """Divide the kept values of each token by their sum.
+
+    Args:
+        kept_TE: Values, at least zero where chosen.
+        chosen_TE: True where an expert is chosen.
+
+    Returns:
+        [T, E] gates: they sum to one, or are all zero for a token without a choice. No
+        gradient is read where nothing was chosen.
+    """
+    zero = kept_TE.new_zeros(())
+    kept_TE = torch.where(chosen_TE, kept_TE, zero)
+    total_T1 = kept_TE.sum(-1, keepdim=True)
+    gates_TE = kept_TE / total_T1.masked_fill(total_T1 == 0, 1.0)
+    return torch.where(chosen_TE, gates_TE, zero)
+
+
+def require_finite(logits_TE: Tensor, site: str) -> None:
+    """Raise when a logit is not finite; asynchronous on devices.
+
+    Raises:
+        RoutingError: Names the site.
+    """
+    on_cpu = logits_TE.device.type == "cpu"
+    if on_cpu and len(logits_TE) == 1:
+        # one token while decoding: cheaper to read than to sum
+        if math.isfinite(sum(logits_TE.tolist()[0])):
+            return
+    elif on_cpu and math.isfinite(logits_TE.sum().item()):
+        return
+    message = (
+        f"site {site!r}: router logits are not finite. The layer's input or the "
+        "router's weights hold NaN or infinity; lower the learning rate or look "
+        "for the first layer that overflows."
+    )
+    if on_cpu:
+        raise RoutingError(message)
+    torch._assert_async(torch.isfinite(logits_TE.sum()), message)

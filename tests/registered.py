@@ -1,0 +1,74 @@
+"""Settings with which every registered router and objective can be built.
+
+Fields that have no default come from the first file in configs/ that names the kind, so
+that a new one is covered by its YAML.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from molora.config import read_yaml
+from molora.context import TokenRows
+from molora.registry import Registry
+from molora.routers import OBJECTIVES, ROUTERS, Routing
+from molora.routers.balance import Steering
+from molora.routers.base import LinearGateRouter
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+ROUTED = [name for name in ROUTERS.names() if name != "none"]
+GATED = [
+    name
+    for name in ROUTED
+    if issubclass(ROUTERS[name], LinearGateRouter) and ROUTERS[name].has_probs
+]
+LOSSES = [n for n in OBJECTIVES.names() if not issubclass(OBJECTIVES[n], Steering)]
+TASKS = ["sentiment", "text2sql", "scan"]
+"""Tasks that the files in configs/ know."""
+
+
+def _blocks() -> list[dict[str, Any]]:
+    adapters = [read_yaml(file)["adapter"] for file in sorted(CONFIGS.glob("*.yaml"))]
+    routers = [adapter["router"] for adapter in adapters if "router" in adapter]
+    return routers + [
+        item for adapter in adapters for item in adapter.get("balance", [])
+    ]
+
+
+BLOCKS = _blocks()
+
+
+def _settings(
+    registry: Registry[Any], kind: str, given: dict[str, Any]
+) -> dict[str, Any]:
+    raw = {"kind": kind, **given}
+    for name, field in registry[kind].Config.model_fields.items():
+        if field.is_required() and name not in raw:
+            examples = [b[name] for b in BLOCKS if b["kind"] == kind and name in b]
+            assert examples, f"no file in configs/ shows {kind}.{name}"
+            raw[name] = examples[0]
+    return raw
+
+
+def router_settings(kind: str, **given: Any) -> dict[str, Any]:
+    """The router block of a config."""
+    return _settings(ROUTERS, kind, given)
+
+
+def objective_settings(kind: str, weight: float = 1.0) -> dict[str, Any]:
+    """One entry of the balance block of a config."""
+    return _settings(OBJECTIVES, kind, {"weight": weight})
+
+
+def value(objective: Any, routing: Routing, weight_T: Tensor | None) -> Tensor:
+    """An objective on tokens of one row, whose task is given where it is read."""
+    rows = TokenRows(1, (TASKS[0],)) if objective.needs_tasks else None
+    result: Tensor = objective(routing, weight_T, rows)
+    return result
+
+
+def objective(kind: str, weight: float = 1.0) -> Any:
+    """A registered objective."""
+    cls = OBJECTIVES[kind]
+    return cls(cls.Config.from_dict(objective_settings(kind, weight)))

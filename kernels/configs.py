@@ -19,6 +19,8 @@ from typing import NamedTuple
 from molora.cache import cache_root
 from molora.errors import ConfigError
 
+_VARIABLE = "MOLORA_KERNEL_TABLE"
+
 
 class Config(NamedTuple):
     """How one kernel is launched.
@@ -354,7 +356,7 @@ def bucket_of(kernel: str, rank: int, tokens: int, wide: int, itemsize: int) -> 
 
 def table_path(arch: str) -> Path:
     """File of the measured table of an architecture: MOLORA_KERNEL_TABLE, or cached."""
-    given = os.environ.get("MOLORA_KERNEL_TABLE")
+    given = os.environ.get(_VARIABLE)
     return Path(given) if given else cache_root() / "kernels" / f"{arch}.json"
 
 
@@ -363,11 +365,23 @@ def measured(arch: str) -> dict[Bucket, Config]:
     """What ``molora kernels tune`` found for an architecture; it goes before the table.
 
     Raises:
-        ConfigError: The file is no such table, or one of another architecture.
+        ConfigError: The file is no such table, or one of another architecture, or
+            MOLORA_KERNEL_TABLE names none.
     """
     path = table_path(arch)
-    if not path.is_file():
-        return {}
+    if path.is_file():
+        return read_table(path, arch)
+    if os.environ.get(_VARIABLE):
+        raise ConfigError(f"{_VARIABLE}: {path} is no file")
+    return {}
+
+
+def read_table(path: Path, arch: str) -> dict[Bucket, Config]:
+    """Read what ``molora kernels tune`` wrote.
+
+    Raises:
+        ConfigError: The file is no such table, or one of another architecture.
+    """
     try:
         raw = json.loads(path.read_text("utf-8"))
         found = {Bucket(*row["bucket"]): Config(*row["config"]) for row in raw["rows"]}
@@ -378,7 +392,10 @@ def measured(arch: str) -> dict[Bucket, Config]:
             "it again with: molora kernels tune"
         ) from None
     if made_for != arch:
-        raise ConfigError(f"{path}: measured on {made_for}, and this device is {arch}")
+        raise ConfigError(
+            f"{path}: measured on {made_for}, and this device is {arch}; name another "
+            "file"
+        )
     return found
 
 

@@ -36,6 +36,7 @@ from molora.kernels.configs import (
     experts_of,
     forced,
     pick,
+    read_table,
 )
 from molora.kernels.triton_tiles import arch_of, interpreted
 
@@ -76,7 +77,9 @@ def tune(
             "the kernels can be timed on a GPU only, without TRITON_INTERPRET"
         )
     arch = arch_of(torch.device("cuda", torch.cuda.current_device()))
-    rows = _read(path, arch)
+    rows = read_table(path, arch) if path.is_file() else {}
+    # it may be the file that MOLORA_KERNEL_TABLE names, which must be there
+    _write(path, arch, rows)
     buckets = [
         bucket
         for bucket in itertools.starmap(
@@ -135,7 +138,7 @@ def candidates(bucket: Bucket) -> Iterator[Config]:
         held = {"expand_add": BM * BN, "grouped_expand": BM * BN}.get(kernel, BM * rank)
         if kernel.endswith("wgrad"):
             held = BN * rank
-        if tile * stages > 220_000 or not 1024 <= held <= 128 * 32 * warps:
+        if tile * stages > 220_000 or not 256 <= held <= 128 * 32 * warps:
             continue
         for split, columns in itertools.product(
             _SPLITS.get(kernel, {}).get(tokens, (1,)),
@@ -275,18 +278,6 @@ _PROBLEMS = {
     "grouped_expand": _grouped_expand,
     "grouped_wgrad": _grouped_wgrad,
 }
-
-
-def _read(path: Path, arch: str) -> dict[Bucket, Config]:
-    if not path.is_file():
-        return {}
-    raw = json.loads(path.read_text("utf-8"))
-    if raw["arch"] != arch:
-        raise ConfigError(
-            f"{path}: measured on {raw['arch']}, and this GPU is {arch}; name another "
-            "file with --output"
-        )
-    return {Bucket(*row["bucket"]): Config(*row["config"]) for row in raw["rows"]}
 
 
 def _write(path: Path, arch: str, rows: dict[Bucket, Config]) -> None:

@@ -95,7 +95,7 @@ class Problem:
     def molora(self, x: Tensor) -> Tensor:
         """The op of this package."""
         return lowrank_mixture(
-            x, self.A, self.Bt, self.gates, 2.0, self.base(x), top_k=self.size.K
+            x, self.A, self.Bt, self.gates, 2.0, self.base, top_k=self.size.K
         )
 
     def loop(self, x: Tensor) -> Tensor:

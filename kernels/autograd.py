@@ -64,10 +64,12 @@ def run(
 
 
 class _Link:
-    """What passes between the two ends of one layer."""
+    """What passes between the two ends of one layer, within one backward pass."""
 
     dy: Tensor | None = None
     z: Tensor | None = None
+    task: int = -1
+    """The pass that left them: another one must not find them."""
 
 
 def run_around(
@@ -128,7 +130,7 @@ class _Input(torch.autograd.Function):
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         link, needs = ctx.link, Needs(*ctx.needs_input_grad[:4])
         dy, z, link.dy, link.z = link.dy, link.z, None, None
-        if dy is None:
+        if dy is None or link.task != torch._C._current_graph_task_id():
             # only the layer's own output was differentiated
             return dx, *[None] * 6
         x, A, Bt, gates = ctx.saved_tensors
@@ -158,6 +160,7 @@ class _Update(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ctx.link.dy, (ctx.link.z,) = dy, ctx.saved_tensors
+        ctx.link.task = torch._C._current_graph_task_id()
         return dy, None, None, None
 
 

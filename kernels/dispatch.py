@@ -50,8 +50,9 @@ def lowrank_mixture(
         scale: alpha / r, one number or [E].
         base: [T, O] output of the frozen layer; None means zero. Or the layer itself, a
             function of x: in training its gradient of x and that of the update are
-            then written once, as their sum. It must be frozen, and a function of its
-            argument alone.
+            then written once, as their sum. Its parameters must be frozen, and its
+            output a differentiable function of its argument, which nothing changes in
+            place.
         backend: ``auto``, or a name in ``BACKENDS``. Under ``torch.compile`` ``auto``
             is ``torch``.
         top_k: At most so many gates of a token are not zero, and nothing reads the
@@ -71,6 +72,7 @@ def lowrank_mixture(
     """
     if not 0 <= dropout < 1:
         raise ConfigError(f"lowrank_mixture: dropout={dropout} is not in [0, 1)")
+    dropout = float(dropout)
     if not isinstance(scale, Tensor):
         scale = float(scale)
     # like every op under autocast, leave float64 alone
@@ -79,17 +81,17 @@ def lowrank_mixture(
     if base is not None and not isinstance(base, Tensor):
         if _passes_through(x, narrow):
             call = (x, A, Bt, gates, scale)
-            name = _choose(backend, *call, None, top_k)
+            name = _choose(backend, *call, None, top_k, dropout > 0)
             options = Options(name, top_k, dropout, seed)
             return run_around(x, base, A, Bt, gates, scale, options)
         base = base(x)
     if autocast:
         x = x.to(narrow)
         with torch.autocast(x.device.type, enabled=False):
-            name = _choose(backend, x, A, Bt, gates, scale, base, top_k)
+            name = _choose(backend, x, A, Bt, gates, scale, base, top_k, dropout > 0)
             options = Options(name, top_k, dropout, seed)
             return run(x, base, A, Bt, gates, scale, options)
-    name = _choose(backend, x, A, Bt, gates, scale, base, top_k)
+    name = _choose(backend, x, A, Bt, gates, scale, base, top_k, dropout > 0)
     return run(x, base, A, Bt, gates, scale, Options(name, top_k, dropout, seed))
 
 
@@ -112,6 +114,7 @@ def _choose(
     scale: float | Tensor,
     base: Tensor | None,
     top_k: int | None,
+    masked: bool,
 ) -> str:
     """Check a call and name its backend; remembered per sizes.
 
@@ -136,17 +139,17 @@ def _choose(
         )
     if x.is_cuda and not torch.compiler.is_compiling():
         signs = [_sign(value) for value in call[:-1]]
-        key = (backend, top_k, torch.is_grad_enabled(), *signs)
+        key = (backend, top_k, masked, torch.is_grad_enabled(), *signs)
         name = _known_on_gpu.get(key)
         if name is None:
             _check(*(_size(value) for value in call[:-1]))
-            name = _pick(backend, *call)
+            name = _pick(backend, *call, masked)
             if len(_known_on_gpu) >= _REMEMBERED:
                 _known_on_gpu.clear()
             _known_on_gpu[key] = name
         return name
     _check(*(_size(value) for value in call[:-1]))
-    return _pick(backend, *call)
+    return _pick(backend, *call, masked)
 
 
 _known_on_gpu: dict[tuple[object, ...], str] = {}
@@ -210,6 +213,7 @@ def _pick(
     scale: float | Tensor,
     base: Tensor | None,
     top_k: int | None,
+    masked: bool,
 ) -> str:
     """Name of the backend for a call."""
     if backend != "auto" and backend not in BACKENDS:
@@ -224,7 +228,7 @@ def _pick(
         return "torch" if backend == "auto" else backend
     call = (x, A, Bt, gates, scale, base, top_k)
     if backend == "auto":
-        return _auto_gpu(*call) if x.device.type == "cuda" else "torch"
+        return _auto_gpu(*call, masked) if x.device.type == "cuda" else "torch"
     if reasons := BACKENDS[backend].why_not(*call):
         raise ConfigError(f"backend {backend!r} declined: {'; '.join(reasons)}")
     return backend
@@ -238,6 +242,7 @@ def _auto_gpu(
     scale: float | Tensor,
     base: Tensor | None,
     top_k: int | None,
+    masked: bool,
 ) -> str:
     """The form that the cost model expects to be fastest, of those that can."""
     names = ["triton", "triton_grouped", "triton_gather"]
@@ -249,7 +254,13 @@ def _auto_gpu(
     if not able:
         return "torch"
     experts = 1 if gates is None else gates.shape[1]
-    trained = A.requires_grad or Bt.requires_grad or x.requires_grad
+    trained = A.requires_grad or Bt.requires_grad
+    if masked:
+        # forms draw different masks, and reentrant checkpointing runs its forward
+        # without grad mode: only what does not read it may choose
+        able = [name for name in able if name != "triton_gather"]
+    else:
+        trained = (trained or x.requires_grad) and torch.is_grad_enabled()
     shape = Shape(
         tokens=x.shape[0],
         wide_in=x.shape[1],
@@ -258,7 +269,7 @@ def _auto_gpu(
         rank=A.shape[1],
         top_k=min(top_k or experts, experts),
         itemsize=x.dtype.itemsize,
-        training=trained and torch.is_grad_enabled(),
+        training=trained,
     )
     best = fastest([*able, "torch on a GPU"], shape, machine.gpu(x.device))
     return best.split()[0]

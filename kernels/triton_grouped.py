@@ -37,7 +37,7 @@ from molora.kernels.triton_grouped_kernels import (
     grouped_shrink,
     grouped_wgrad,
 )
-from molora.kernels.triton_route import Route, route
+from molora.kernels.triton_route import Route, block_of, route
 from molora.kernels.triton_tiles import (
     arch_of,
     cdiv,
@@ -233,6 +233,10 @@ def why_not(
         reasons.append("the number of experts per token is not known (top_k)")
     if gates is not None and A.shape[0] == Bt.shape[0] == 1 < gates.shape[1]:
         reasons.append("A and Bt are both shared by all experts: one product for all")
+    elif gates is not None and top_k is not None:
+        blocks = cdiv(len(x), block_of(len(x), gates.shape[1]))
+        if top_k * (gates.shape[1] + 1) * blocks >= 2**31:
+            reasons.append("2**31 places or more to sort tokens into")
     return reasons
 
 

@@ -102,6 +102,11 @@ def route_place(  # type: ignore[no-untyped-def]
         tl.store(order + place, rows.to(tl.int32), live)
 
 
+def block_of(tokens: int, experts: int) -> int:
+    """Tokens that one program of the routing kernels looks at."""
+    return max(1, min(power_of_2(tokens), _TILE // power_of_2(experts + 1)))
+
+
 def route(gates_TE: Tensor, top_k: int) -> Route:
     """Arrange tokens and experts without waiting for the host.
 
@@ -110,7 +115,7 @@ def route(gates_TE: Tensor, top_k: int) -> Route:
         top_k: Most gates of a row that are not zero; further ones are left out.
     """
     tokens, experts = gates_TE.shape
-    block = max(1, min(power_of_2(tokens), _TILE // power_of_2(experts + 1)))
+    block = block_of(tokens, experts)
     blocks = cdiv(tokens, block)
     chosen_TK = gates_TE.new_empty(tokens, top_k, dtype=torch.int32)
     counts = chosen_TK.new_empty(top_k * (experts + 1) * blocks)

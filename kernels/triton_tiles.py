@@ -100,6 +100,9 @@ def launch(
 _FREE = {"T", "seed", "slot", "blocks", "pairs", "p", "scale"}
 """Arguments whose value has no part in what is compiled."""
 
+_REMEMBERED = 4096
+"""Compiled kernels kept at hand; triton keeps all of them."""
+
 _compiled: dict[tuple[object, ...], Any] = {}
 
 
@@ -113,22 +116,30 @@ def _launch(
     """Launch what was compiled for such arguments, past triton's own look at each.
 
     That look takes several times as long as a launch. The key holds what it reads:
-    dtypes, whether pointers are multiples of 16, sizes, and constants.
+    dtypes, whether pointers are multiples of 16 and, on AMD, whether they reach beyond
+    2 GiB, sizes, and constants.
     """
     key = (
         kernel,
         config,
         torch.cuda.current_device(),
         settings.get("seed", 0) >> 31 > 0,
-        *[t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors.values()],
+        *[t if t is None else _pointer(t) for t in tensors.values()],
         *[value for name, value in settings.items() if name not in _FREE],
     )
     known = _compiled.get(key)
     if known is None:
+        if len(_compiled) >= _REMEMBERED:
+            _compiled.clear()
         _compiled[key] = _first_launch(kernel, grid, tensors | settings, config)
     else:
         given = tensors | settings
         known[(*grid, 1, 1)[:3]](*[given[name] for name in kernel.arg_names])
+
+
+def _pointer(t: Tensor) -> tuple[torch.dtype, int, bool]:
+    far = torch.version.hip is not None and t.untyped_storage().nbytes() >= 2**31
+    return t.dtype, t.data_ptr() % 16, far
 
 
 def _first_launch(

@@ -21,6 +21,7 @@ import torch
 import triton
 from rich.progress import track
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
 
 from molora.errors import ConfigError
@@ -99,6 +100,8 @@ def tune(
                 for config, compiled in zip(tried, good, strict=True)
                 if compiled
             }
+            if not times:
+                raise ConfigError(f"no configuration of {bucket} runs on this GPU")
             best = min(times, key=lambda config: times[config])
             before = times.get(here, float("inf"))
             if times[best] > _BETTER * before:
@@ -160,7 +163,7 @@ def _compiles(job: tuple[Bucket, Config]) -> bool:
     try:
         with forced(bucket.kernel, config):
             problem(bucket)()
-    except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+    except (OutOfResources, PTXASError, triton.CompilationError):
         return False
     torch.cuda.synchronize()
     return True

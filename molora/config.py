@@ -126,6 +126,9 @@ class AdapterConfig(Schema):
         kinds = [objective.kind for objective in self.balance]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"balance: an objective is listed twice: {kinds}")
+        if self.train == "newest":
+            for where, site in self._site_kinds():
+                _check_newest(site, where)
         if self.train != "all" and not self._any_routed():
             raise ValueError(
                 f"train: {self.train} leaves nothing to train, every layer has one "
@@ -216,6 +219,11 @@ class AdapterConfig(Schema):
                 raise problems[0]
         return kinds
 
+    def routers(self) -> list[RouterConfig]:
+        """Settings of every router that some layer may have."""
+        kinds = [site for _, site in self._site_kinds()]
+        return [site.router for site in kinds if site.experts.num_experts > 1]
+
     def _any_routed(self) -> bool:
         return any(site.experts.num_experts > 1 for _, site in self._site_kinds())
 
@@ -282,6 +290,18 @@ def _check_pair(experts: ExpertsConfig, router: RouterConfig, where: str) -> Non
         raise ConfigError(
             f"router.kind={router.kind!r} with num_experts=1: one expert needs no "
             "router; set router.kind to none, or num_experts above 1"
+        )
+
+
+def _check_newest(site: SiteConfig, where: str) -> None:
+    """Refuse to freeze what the newest expert would still change."""
+    if site.experts.num_experts > 1 and not ROUTERS[site.router.kind].can_grow(
+        site.router
+    ):
+        raise ConfigError(
+            f"{where}train: newest keeps the other experts' outputs only under "
+            "router.kind topk with renormalize: true, because the gates of "
+            f"{site.router.kind!r} depend on every expert; set train: all or router"
         )
 
 

@@ -24,7 +24,6 @@ from molora.errors import WrapError
 from molora.freezing import set_trainable, split_newest, whole_parameters
 from molora.layer import MoloraLinear
 from molora.model import generator_of, sites
-from molora.routers import TopKRouter
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -76,7 +75,13 @@ def _check(site: MoloraLinear) -> None:
             f"site {site.path!r}: the start of {type(site.experts).__name__} depends "
             "on the number of experts, so none can be added; use lora experts"
         )
-    if not (isinstance(router, TopKRouter) and router.config.renormalize):
+    if router.bias_E is not None:
+        raise WrapError(
+            f"site {site.path!r}: the selection bias moves with the load of all "
+            "experts, and would send tokens elsewhere that do not choose the new one; "
+            "grow a mixture without the balance objective bias"
+        )
+    if not router.can_grow(router.config):
         raise WrapError(
             f"site {site.path!r}: the gates of {type(router).__name__} depend on every "
             "expert, so a new one would change what the old ones do for every token; "

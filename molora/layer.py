@@ -158,7 +158,9 @@ class MoloraLinear(nn.Module):
 
     def _base(self, x: Tensor, x_TI: Tensor, gates: Tensor | None) -> Tensor | Layer:
         """Output of the frozen layer as [T, O], or that layer where experts call it."""
-        if self.experts.takes_layer and x.requires_grad and torch.is_grad_enabled():
+        frozen = not any(p.requires_grad for p in self.base.parameters())
+        around = frozen and self.experts.takes_layer and x.requires_grad
+        if around and torch.is_grad_enabled():
             return functools.partial(self._frozen, x.shape)
         edited_TI = self.experts.edit_input(x_TI, gates)
         y: Tensor = self.base(x if edited_TI is x_TI else edited_TI.view(x.shape))

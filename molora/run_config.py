@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from molora.collapse import COLLAPSERS
 from molora.config import AdapterConfig, read_yaml
 from molora.errors import ConfigError
-from molora.routers import OBJECTIVES
+from molora.routers import OBJECTIVES, ROUTERS
 from molora.schema import Schema, nearest
 from molora.training.arguments import build_arguments
 from molora.training.data import DataConfig
@@ -124,6 +124,14 @@ class RunConfig(Schema):
             reason = OBJECTIVES[objective.kind].check_tasks(objective, names)
             if reason:
                 raise ConfigError(f"adapter.balance[{i}]: {reason}")
+        for router in self.adapter.routers():
+            known = ROUTERS[router.kind].known_tasks(router)
+            unknown = [name for name in names if known and name not in known]
+            if unknown:
+                raise ConfigError(
+                    f"adapter.router: {router.kind} knows no expert for the tasks "
+                    f"{unknown} of data.tasks; it knows {sorted(known)}"
+                )
         return self
 
     @pydantic.model_validator(mode="after")

@@ -37,6 +37,7 @@ class ArrowRouter(AbstractRouter):
     """
 
     has_probs = False
+    needs_trained = True
 
     class Config(RouterConfig):
         """Settings of Arrow."""
@@ -87,12 +88,20 @@ class ArrowRouter(AbstractRouter):
     def directions(self) -> Tensor:
         """Unit vectors v_e, [E, I]; zero for an expert that is zero."""
         A, Bt, _ = self._experts[0].factors()
-        key = (A._version, Bt._version, A.data_ptr(), Bt.data_ptr(), A.dtype)
-        if self._known is None or self._known[0] != key or self.training:
+        # the factors may be made anew each time; these are kept, so no id comes twice
+        key = [(p, p._version, p.dtype) for p in self._experts[0].parameters()]
+        if self._known is None or not _same(self._known[0], key) or self.training:
             # autocast would round the products
             with torch.autocast(A.device.type, enabled=False):
                 self._known = key, top_directions(A, Bt)
         return self._known[1]
+
+
+def _same(before: list[Any], now: list[Any]) -> bool:
+    """Whether these are the same parameters, unchanged."""
+    return len(before) == len(now) and all(
+        a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, now, strict=True)
+    )
 
 
 def top_directions(A: Tensor, Bt: Tensor) -> Tensor:

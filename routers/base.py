@@ -113,6 +113,8 @@ class AbstractRouter(nn.Module, abc.ABC):
     """Whether each token has a distribution over the experts, to balance."""
     ranks: ClassVar[bool] = False
     """Whether it takes a fixed number of experts by rank, and reads ``bias_E``."""
+    needs_trained: ClassVar[bool] = False
+    """Whether it can choose only among experts that were trained before."""
     capacity: float | None = None
     bias_E: Tensor | None
     load_E: Tensor | None = None
@@ -135,6 +137,16 @@ class AbstractRouter(nn.Module, abc.ABC):
     def check(cls, config: RouterConfig, num_experts: int) -> str | None:
         """Say why this config means nothing with num_experts, or return None."""
         return None
+
+    @classmethod
+    def can_grow(cls, config: RouterConfig) -> bool:
+        """Whether gates do not depend on experts that were not chosen, to the bit."""
+        return False
+
+    @classmethod
+    def known_tasks(cls, config: RouterConfig) -> tuple[str, ...]:
+        """Tasks of the rows that it routes by; none where it does not read them."""
+        return ()
 
     def bind(self, experts: Any) -> None:  # noqa: B027
         """Meet the bank of the same site, for routers that read the experts.

@@ -62,6 +62,12 @@ class SigmoidRouter(LinearGateRouter):
             )
         return super().check(config, num_experts)
 
+    @classmethod
+    def known_tasks(cls, config: RouterConfig) -> tuple[str, ...]:
+        """See base class."""
+        assert isinstance(config, cls.Config)
+        return tuple(config.task_experts)
+
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class.
 

@@ -60,6 +60,13 @@ class TopKRouter(LinearGateRouter):
             )
         return super().check(config, num_experts)
 
+    @classmethod
+    def can_grow(cls, config: RouterConfig) -> bool:
+        """See base class."""
+        assert isinstance(config, cls.Config)
+        # those that derive from it score experts in other ways
+        return cls is TopKRouter and config.renormalize
+
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class."""
         logits_TE = self.logits(x)

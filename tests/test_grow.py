@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import molora
-from molora.errors import WrapError
+from molora.errors import ConfigError, WrapError
 from molora.model import adapter_parameters, sites
 
 Factory = Callable[..., PreTrainedModel]
@@ -200,3 +200,27 @@ def test_what_cannot_grow_is_refused() -> None:
         molora.grow(molora.wrap(plain, molora.AdapterConfig.from_dict(single)))
     with pytest.raises(WrapError, match="no molora adapter"):
         molora.grow(nn.Linear(2, 2))
+
+
+def test_what_would_move_the_old_experts_is_refused() -> None:
+    config = raw({"kind": "lora"}, ["0"])
+    balance = [{"kind": "bias", "weight": 0.1}]
+    layer = nn.Sequential(nn.Linear(12, 9))
+    model = molora.wrap(
+        layer, molora.AdapterConfig.from_dict({**config, "balance": balance})
+    )
+    with pytest.raises(WrapError, match="selection bias moves"):
+        molora.grow(model)
+    phatgoose = {**config, "router": {"kind": "phatgoose", "top_k": 2}}
+    layer = nn.Sequential(nn.Linear(12, 9))
+    model = molora.wrap(layer, molora.AdapterConfig.from_dict(phatgoose))
+    with pytest.raises(WrapError, match="depend on every expert"):
+        molora.grow(model)
+    for router in (
+        {"kind": "soft"},
+        {"kind": "topk", "top_k": 2, "renormalize": False},
+    ):
+        with pytest.raises(ConfigError, match="train: newest keeps"):
+            molora.AdapterConfig.from_dict(
+                {**config, "router": router, "train": "newest"}
+            )

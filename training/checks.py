@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from molora.errors import TrainingError, WrapError
+from molora.experts import BilinearExperts
 from molora.layer import MoloraLinear
 from molora.model import sites
 from molora.training.mixture import TaskMixture
@@ -34,6 +35,7 @@ def check_model(
             "the model has no trainable parameter; load the adapter with "
             "molora.load(..., trainable=True)"
         )
+    _check_experts(found)
     is_trl = any(cls.__module__.split(".")[0] == "trl" for cls in trainer.__mro__)
     is_fused = is_trl or (args is not None and args.use_liger_kernel)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -43,6 +45,32 @@ def check_model(
             "from the weight of that layer directly: the adapter would never be "
             "trained. Add the layer to exclude_modules."
         )
+
+
+def _check_experts(found: dict[str, MoloraLinear]) -> None:
+    """Refuse what would train nothing: choices among experts that are all zero."""
+    for path, site in found.items():
+        router = site.router
+        if router is None or not isinstance(site.experts, BilinearExperts):
+            continue
+        empty = [not factors[1].any() for factors in _factors(site.experts)]
+        frozen = not any(p.requires_grad for p in site.experts.parameters())
+        if router.needs_trained and any(empty):
+            raise TrainingError(
+                f"site {path!r}: router.kind {router.config.kind!r} chooses among "
+                "trained experts, and some of these are still zero: those would never "
+                "be chosen. Bring trained ones in with molora.import_peft"
+            )
+        if frozen and all(empty):
+            raise TrainingError(
+                f"site {path!r}: the experts are frozen and still zero, so no gradient "
+                "reaches the router; set train: all, or bring trained experts in with "
+                "molora.import_peft"
+            )
+
+
+def _factors(experts: BilinearExperts) -> list[tuple[Tensor, Tensor]]:
+    return [experts.expert_factors(e) for e in range(experts.num_experts)]
 
 
 def check_setup(trainer: Trainer) -> None:

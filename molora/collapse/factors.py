@@ -157,7 +157,10 @@ def _even_gates(site: MoloraLinear, A: Tensor) -> Tensor:
     if site.router is None:
         return torch.ones(1, dtype=torch.float64, device=A.device)
     zero_1I = A.new_zeros(1, site.in_features)
-    total: Tensor = site.router(zero_1I, ForwardContext()).gates.sum().double()
+    # one row of a task that the router knows; which one makes no difference to the sum
+    tasks = site.router.known_tasks(site.router.config)[:1] or None
+    context = ForwardContext(tasks=tasks, rows=1)
+    total: Tensor = site.router(zero_1I, context).gates.sum().double()
     return (total / count).expand(count)
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from molora.atomic import atomic_folder
 from molora.config import AdapterConfig
@@ -61,7 +61,7 @@ def export_peft_experts(model: nn.Module, folder: str | Path) -> list[Path]:
         f"{path}.{name}": values.detach().cpu().contiguous()
         for path, site in found.items()
         if site.router is not None
-        for name, values in whole_parameters(site.router).items()
+        for name, values in router_values(site.router)
     }
     with atomic_folder(folder) as temp:
         for e, name in enumerate(names):
@@ -70,6 +70,11 @@ def export_peft_experts(model: nn.Module, folder: str | Path) -> list[Path]:
         save_file(weights, temp / ROUTER, metadata={"routers": json.dumps(settings)})
         write_manifest(temp)
     return [Path(folder) / name for name in names]
+
+
+def router_values(router: nn.Module) -> list[tuple[str, Tensor]]:
+    """What a router learned, by name: its parameters, and a selection bias."""
+    return [*whole_parameters(router).items(), *router.named_buffers()]
 
 
 def _write_expert(

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from molora.config import AdapterConfig
-from molora.errors import CheckpointError
+from molora.errors import CheckpointError, ConfigError
 from molora.experts import LoRAExperts
-from molora.freezing import Train, whole_parameters
-from molora.interop.peft_experts import ROUTER
+from molora.freezing import Train
+from molora.interop.peft_experts import ROUTER, router_values
 from molora.interop.peft_folder import PeftLora, read_lora
 from molora.layer import SUPPORTED, MoloraLinear, sizes
 from molora.model import check_wrappable, sites, unwrap, wrap
@@ -56,7 +56,8 @@ def import_peft(
         router: Settings of the router, as in a YAML; or the folder that
             ``export_peft_experts`` wrote, whose routers are used. None is for one
             adapter.
-        train: ``router`` freezes the experts, ``all`` trains them along.
+        train: ``router`` freezes the experts, ``all`` trains them along; ``newest`` is
+            for ``molora.grow``.
         balance: Balance objectives, as in a YAML.
         lora_dropout: Dropout in training; those of the adapters are not taken over.
         seed: Seed of the routers' initial weights.
@@ -72,6 +73,11 @@ def import_peft(
         WrapError: The model is wrapped already or cannot be wrapped. Whatever is
             raised, the model is as it was.
     """
+    if train == "newest":
+        raise ConfigError(
+            "train: newest is for an expert that molora.grow adds; import with "
+            "train: all or router, then grow"
+        )
     check_wrappable(base_model)
     if not folders:
         raise CheckpointError("import_peft: give at least one folder of a PEFT LoRA")
@@ -186,10 +192,13 @@ def _config(
 
 def _changes(one: dict[str, Any], usual: str) -> dict[str, Any]:
     before = json.loads(usual)
+    changed = {part: one[part] for part in one if one[part] != before[part]}
     return {
-        part: {n: v for n, v in one[part].items() if before[part].get(n) != v}
-        for part in one
-        if one[part] != before[part]
+        # another kind starts from its own defaults
+        part: settings
+        if settings["kind"] != before[part]["kind"]
+        else {n: v for n, v in settings.items() if before[part].get(n) != v}
+        for part, settings in changed.items()
     }
 
 
@@ -207,12 +216,15 @@ def _fill(site: MoloraLinear, loras: list[PeftLora], path: str) -> None:
 def _fill_routers(model: nn.Module, weights: dict[str, Tensor]) -> None:
     if not weights:
         return
-    own = {
-        f"{path}.{name}": parameter
-        for path, site in sites(model).items()
-        if site.router is not None
-        for name, parameter in whole_parameters(site.router).items()
-    }
+    own = {}
+    for path, site in sites(model).items():
+        if site.router is not None:
+            if f"{path}.bias_E" in weights and site.router.bias_E is None:
+                site.router.add_bias(site.experts.num_experts)
+            own |= {f"{path}.{name}": v for name, v in router_values(site.router)}
+    # a bias that the file has not starts at zero
+    fresh = [name for name in own.keys() - weights.keys() if name.endswith(".bias_E")]
+    own = {name: values for name, values in own.items() if name not in fresh}
     if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in weights.items()}:
         raise CheckpointError(
             f"{ROUTER}: its weights are of other routers, or of another number of "

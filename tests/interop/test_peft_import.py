@@ -287,3 +287,62 @@ def test_a_router_file_of_others_is_refused(make: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="other target layers"):
         molora.import_peft(fresh, [other] * 3, router=tmp_path / "back")
     assert not is_wrapped(fresh)
+
+
+def test_newest_is_refused_because_nothing_is_newer(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="train: all or router, then grow"):
+        molora.import_peft(
+            make(),
+            adapters(make, tmp_path),
+            router={"kind": "topk", "top_k": 2},
+            train="newest",
+        )
+
+
+ROUTERS_BY_LAYER: list[dict[str, Any]] = [
+    {
+        "router": {"kind": "topp", "top_p": 0.5, "temperature": 2.0},
+        "overrides": [
+            {
+                "match": "layers.1.mlp",
+                "router": {"kind": "dynmole", "top_p": 0.5, "temperature": 2.0},
+            }
+        ],
+    },
+    {
+        "router": {"kind": "topk", "top_k": 2},
+        "balance": [{"kind": "bias", "weight": 0.1}],
+    },
+]
+
+
+@pytest.mark.parametrize("settings", ROUTERS_BY_LAYER, ids=["two kinds", "bias"])
+def test_round_trip_keeps_every_setting_and_the_bias(
+    settings: dict[str, Any], make: Any, tmp_path: Path
+) -> None:
+    raw = {
+        "target_modules": ["q_proj", "down_proj"],
+        "experts": {"kind": "lora", "num_experts": 4, "r": 2},
+        **settings,
+    }
+    model = molora.wrap(make(), molora.AdapterConfig.from_dict(raw))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_(0, 0.4, generator=generator)
+        for site in sites(model).values():
+            if site.router.bias_E is not None:
+                site.router.bias_E.copy_(torch.tensor([0.4, -0.4, 0.3, -0.3]))
+        wanted = model.eval()(IDS).logits
+    folders = molora.export_peft_experts(model, tmp_path / "mixture")
+    again = molora.import_peft(
+        make(),
+        folders,
+        router=tmp_path / "mixture",
+        balance=raw.get("balance", []),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(IDS).logits, wanted)
+    before, after = sites(model), sites(again)
+    for path, site in before.items():
+        assert site.router.config.to_dict() == after[path].router.config.to_dict()

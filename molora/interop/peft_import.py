@@ -216,7 +216,7 @@ def _fill(site: MoloraLinear, loras: list[PeftLora], path: str) -> None:
 def _fill_routers(model: nn.Module, weights: dict[str, Tensor]) -> None:
     if not weights:
         return
-    own = {}
+    own: dict[str, Tensor] = {}
     for path, site in sites(model).items():
         if site.router is not None:
             if f"{path}.bias_E" in weights and site.router.bias_E is None:

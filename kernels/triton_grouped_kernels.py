@@ -101,7 +101,7 @@ def project_rows(  # type: ignore[no-untyped-def]
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "seed", "blocks"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["seed", "blocks"])  # type: ignore[untyped-decorator]
 def grouped_shrink(  # type: ignore[no-untyped-def]
     wide_in,
     factor,
@@ -112,7 +112,6 @@ def grouped_shrink(  # type: ignore[no-untyped-def]
     gates,
     scales,
     dgates,
-    T,
     blocks,
     wide,
     stride,
@@ -154,7 +153,7 @@ def grouped_shrink(  # type: ignore[no-untyped-def]
         tl.store(out + at, acc.to(out.dtype.element_ty), there)
 
 
-@triton.jit(do_not_specialize=["T", "seed", "blocks", "slot"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["seed", "blocks", "slot"])  # type: ignore[untyped-decorator]
 def grouped_expand(  # type: ignore[no-untyped-def]
     z,
     factor,
@@ -165,7 +164,6 @@ def grouped_expand(  # type: ignore[no-untyped-def]
     base,
     more,
     y,
-    T,
     blocks,
     slot,
     wide,

@@ -47,9 +47,9 @@ class Call:
         return [y, *grads[:3], grads[3] * (self.gates != 0)]
 
 
-def same(found: list[Tensor], wanted: list[Tensor], limit: float = 1e-12) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        assert (one - other).norm() <= limit * other.norm()
+def same(found: list[Tensor], wanted: list[Tensor], limit: float = 1e-12) -> bool:
+    pairs = zip(found, wanted, strict=True)
+    return all((one - other).norm() <= limit * other.norm() for one, other in pairs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -58,7 +58,7 @@ def test_result_and_gradients(backend: str) -> None:
     y = call.run(backend)
     dx, dA, dBt, dgates = torch.autograd.grad(y, call.leaves, call.dy)
     limit = 1e-5 if backend == "sorted" else 1e-12
-    same([y, dx, dA, dBt, dgates * (call.gates != 0)], call.plain(), limit)
+    assert same([y, dx, dA, dBt, dgates * (call.gates != 0)], call.plain(), limit)
 
 
 @pytest.mark.usefixtures("exact_interpreter", "poisoned")
@@ -74,7 +74,7 @@ def test_triton_adds_onto_the_gradient_of_the_layer(
     parts = (call.x, call.A, call.Bt, call.gates, 0.7, call.layer(call.x), backend)
     whole = lowrank_mixture(*parts, top_k=2, **given)
     wanted = torch.autograd.grad(whole, call.leaves, call.dy)
-    same([y, *found], [whole, *wanted], 1e-6)
+    assert same([y, *found], [whole, *wanted], 1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -86,7 +86,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     wanted = call.plain()
     assert all(grad is not None for grad in found)
     found[3] = found[3] * (call.gates != 0)
-    same([y, *found], wanted)
+    assert same([y, *found], wanted)
 
 
 def test_some_gradients_only_and_several_passes() -> None:
@@ -95,11 +95,11 @@ def test_some_gradients_only_and_several_passes() -> None:
     for place in (1, 2, 0, 1):
         leaf = call.leaves[place]
         found = torch.autograd.grad(y, leaf, call.dy, retain_graph=True)
-        same([*found], [wanted[1 + place]])
+        assert same([*found], [wanted[1 + place]])
     # two forwards before one backward, and x used by something else as well
     both = call.run() + 2 * call.run() + call.x.sum()
     dx = torch.autograd.grad(both, call.x, call.dy)[0]
-    same([dx], [3 * wanted[1] + call.dy.sum()])
+    assert same([dx], [3 * wanted[1] + call.dy.sum()])
 
 
 def test_a_pass_that_ends_at_the_layer_leaves_nothing_behind() -> None:
@@ -121,7 +121,7 @@ def test_a_layer_without_gradient_and_one_of_another_shape() -> None:
 
     y = call.run(layer=cut)
     wanted = call.plain()
-    same(
+    assert same(
         [y, *torch.autograd.grad(y, call.leaves[1:3], call.dy)],
         [wanted[0], *wanted[2:4]],
     )
@@ -139,7 +139,7 @@ def test_products_keep_their_precision_under_autocast() -> None:
     assert torch.equal(y, whole) and y.dtype == torch.bfloat16
     found = torch.autograd.grad(y, call.leaves, call.dy)
     wanted = torch.autograd.grad(whole, call.leaves, call.dy)
-    same([t.float() for t in found], [t.float() for t in wanted], 1e-2)
+    assert same([t.float() for t in found], [t.float() for t in wanted], 1e-2)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from molora.interop.peft_import import import_peft as import_peft
 from molora.model import after_optimizer_step as after_optimizer_step
 from molora.model import disabled as disabled
 from molora.model import merge as merge
+from molora.model import prompts as prompts
 from molora.model import record_routing as record_routing
 from molora.model import tasks as tasks
 from molora.model import unmerge as unmerge

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from molora.errors import RoutingError
+from molora.prompt import Means, Prompt, prompt_mean, read_prompt
 from molora.token_mask import mask_from_attention
 from molora.token_mask import mask_from_labels as mask_from_labels
 from molora.token_mask import mask_from_positions as mask_from_positions
 
 if TYPE_CHECKING:
     from molora.records import RoutingTrace, SiteStats
+    from molora.routers.base import Routing
 
 
 class TokenRows(NamedTuple):
@@ -45,12 +47,20 @@ class ForwardContext:
         tasks: Task of each row, as given to ``molora.tasks``; None when not given.
         mask_source: Which argument the mask came from, for messages.
         rows: B; None when the arguments do not tell.
+        prompt: What the forward tells of the prompt, for routers that read it.
+        means: Means of the prompt that sites have read in this forward.
+        routes: Routings of this forward that sites share, by the site that made them.
     """
 
     mask_BS: Tensor | None = None
     tasks: tuple[str, ...] | None = None
     mask_source: str = "none"
     rows: int | None = None
+    prompt: Prompt | None = None
+    means: Means = field(default_factory=dict, repr=False, compare=False)
+    routes: "dict[str, Routing]" = field(
+        default_factory=dict, repr=False, compare=False
+    )
     _weights: dict[tuple[int, ...], Tensor | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -80,9 +90,12 @@ class ForwardContext:
         Raises:
             RoutingError: The input cannot be lined up with the mask.
         """
-        mask_BS = self.mask_BS
-        if mask_BS is None:
+        if self.mask_BS is None:
             return None
+        return self._line_up(self.mask_BS, shape, site)
+
+    def _line_up(self, mask_BS: Tensor, shape: Sequence[int], site: str) -> Tensor:
+        """Flatten a mask to the tokens that a site sees; errors of ``token_mask``."""
         if len(shape) == 3 and mask_BS.shape[0] == 1:
             # position_ids and 4-D masks may have one row for the whole batch
             mask_BS = mask_BS.expand(shape[0], -1)
@@ -99,6 +112,34 @@ class ForwardContext:
             "told from real tokens there. Add the site to exclude_modules, or drop "
             "the balance objective."
         )
+
+    def prompt_mean(self, x: Tensor, site: str) -> Tensor:
+        """Mean input of a site over the prompt of each row; see molora.prompt.
+
+        Args:
+            x: Input of the site, [B, S, I] or flat [B * S, I].
+            site: Module path; its mean is kept in the cache under this name.
+
+        Returns:
+            [B, I] in at least float32.
+
+        Raises:
+            RoutingError: It cannot be told which tokens are the prompt, or a row has
+                none.
+        """
+        prompt = self.prompt
+        if prompt is None:
+            raise RoutingError(
+                f"site {site!r}: router.input: sequence reads the prompt of a forward "
+                "of the whole model; call the model itself"
+            )
+        if prompt.kept is not None:
+            return prompt.kept[site]
+        rows = self.token_rows(x.shape, site).num_rows
+        x_BSI = x.reshape(rows, -1, x.shape[-1])
+        prompt_BS = prompt.of_rows(self.mask_BS, x_BSI.shape[:2], x.device, site)
+        mean_BI = self.means[site] = prompt_mean(x_BSI, prompt_BS)
+        return mean_BI
 
     def token_rows(self, shape: Sequence[int], site: str) -> TokenRows:
         """Rows of the tokens that a site sees, with their tasks.
@@ -150,6 +191,8 @@ class Runtime:
         balance_scale: Factor on every balance gradient. A trainer sets it to
             1 / accumulation steps, times the loss scale under fp16.
         tasks: Tasks that ``molora.tasks`` set for the next forwards.
+        prompts: Tokens that ``molora.prompts`` named as the prompt, [B, S].
+        reads_prompt: Whether some router reads the prompt.
         trace: Active ``record_routing``, if any.
         stats: Per-site training statistics; None when nobody reads them.
     """
@@ -159,6 +202,8 @@ class Runtime:
     disabled: int = 0
     balance_scale: float = 1.0
     tasks: tuple[str, ...] | None = None
+    prompts: Tensor | None = None
+    reads_prompt: bool = False
     trace: "RoutingTrace | None" = None
     stats: "dict[str, SiteStats] | None" = None
 
@@ -222,7 +267,7 @@ def in_backward() -> bool:
 
 
 def forward_context(
-    arguments: dict[str, Any], tasks: tuple[str, ...] | None
+    arguments: dict[str, Any], runtime: Runtime, training: bool
 ) -> ForwardContext:
     """Make the context of a forward from the arguments it was called with.
 
@@ -232,10 +277,12 @@ def forward_context(
 
     Args:
         arguments: Keyword arguments of the model's forward.
-        tasks: Tasks of the rows, if set.
+        runtime: Tasks and prompts of the rows, if set.
+        training: Whether the model is in training mode.
 
     Raises:
-        RoutingError: The attention mask has a form that cannot be read.
+        RoutingError: The attention mask has a form that cannot be read, or a router
+            reads the prompt and this forward does not tell it.
     """
     mask = arguments.get("attention_mask")
     inputs = arguments.get("input_ids")
@@ -252,4 +299,7 @@ def forward_context(
         source, mask_BS = "position_ids", mask_from_positions(position_ids)
     elif isinstance(labels, Tensor) and labels.dim() == 2:
         source, mask_BS = "labels", mask_from_labels(labels)
-    return ForwardContext(mask_BS, tasks, source, rows)
+    prompt = None
+    if runtime.reads_prompt and not runtime.disabled:
+        prompt = read_prompt(arguments, mask_BS, runtime.prompts, training)
+    return ForwardContext(mask_BS, runtime.tasks, source, rows, prompt)

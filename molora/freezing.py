@@ -42,13 +42,13 @@ def split_newest(site: MoloraLinear) -> None:
         WrapError: The site has one expert.
     """
     count = site.experts.num_experts
-    if site.router is None:
+    if count == 1:
         raise WrapError(
             f"train: newest leaves nothing before the only expert of {site.path!r}; "
             "set train: all"
         )
     for part in (site.experts, site.router):
-        for module in list(part.modules()):
+        for module in list(part.modules()) if part is not None else ():
             for name, values in list(module.named_parameters(recurse=False)):
                 if values.dim() and values.shape[0] == count:
                     parametrize.register_parametrization(module, name, _NewestRow())

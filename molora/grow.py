@@ -64,12 +64,12 @@ def grow(model: M, seed: int = 0) -> M:
 def _check(site: MoloraLinear) -> None:
     if site.merged:
         raise WrapError("the model is merged; call molora.unmerge before growing it")
-    if site.router is None:
+    router = site.decider
+    if router is None:
         raise WrapError(
             f"site {site.path!r} has one expert and no router to extend; wrap the base "
             "with two experts, or bring several in with molora.import_peft"
         )
-    router = site.router
     if site.experts.frozen:
         raise WrapError(
             f"site {site.path!r}: the start of {type(site.experts).__name__} depends "
@@ -115,7 +115,6 @@ def _one_more(experts: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def _grown(site: MoloraLinear, config: AdapterConfig, seed: int) -> MoloraLinear:
     """A site of one expert more with the values of the old ones."""
-    assert site.router is not None
     twin = MoloraLinear(
         site.base,
         config.site(site.path),
@@ -123,17 +122,20 @@ def _grown(site: MoloraLinear, config: AdapterConfig, seed: int) -> MoloraLinear
         runtime=site.runtime,
         objectives=site.objectives,
         generator=generator_of(seed, site.path),
+        leader=site.leader,
     )
-    assert twin.router is not None
-    for old, new in ((site.experts, twin.experts), (site.router, twin.router)):
+    pairs: list[tuple[nn.Module, nn.Module]] = [(site.experts, twin.experts)]
+    if site.router is not None and twin.router is not None:
+        pairs.append((site.router, twin.router))
+    for old, new in pairs:
         before = whole_parameters(old)
         new.to(next(iter(before.values())).dtype)
         for name, values in whole_parameters(new).items():
             # what all experts share has no row for each, and is copied whole
             values[: len(before[name])] = before[name]
-    for name, values in whole_parameters(twin.router).items():
-        values[-1] = before[name].mean(0)
+        new.train(old.training)
+        if old is site.router:
+            for name, values in whole_parameters(new).items():
+                values[-1] = before[name].mean(0)
     split_newest(twin)
-    twin.experts.train(site.experts.training)
-    twin.router.train(site.router.training)
     return twin

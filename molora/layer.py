@@ -20,6 +20,7 @@ from molora.errors import RoutingError, WrapError
 from molora.experts import EXPERTS, AbstractExperts, BilinearExperts
 from molora.kernels import Layer
 from molora.records import SiteStats
+from molora.route import decide, follow
 from molora.routers import ROUTERS, Routing
 from molora.routers.balance import Objective, Steering, attach
 from molora.routers.base import AbstractRouter
@@ -46,8 +47,9 @@ class MoloraLinear(nn.Module):
         path: Module path of the layer in the model, for messages and records.
         runtime: State shared by all sites of the model.
         objectives: Balance objectives with their coefficients, divided by the number
-            of routed sites.
+            of routers.
         generator: CPU generator that draws the initial values.
+        leader: Layer whose routing this one follows; None where it routes for itself.
     """
 
     router: AbstractRouter | None
@@ -61,6 +63,7 @@ class MoloraLinear(nn.Module):
         runtime: Runtime,
         objectives: Sequence[tuple[Objective, float]],
         generator: torch.Generator,
+        leader: "MoloraLinear | None" = None,
     ):
         super().__init__()
         self.base = base
@@ -77,11 +80,14 @@ class MoloraLinear(nn.Module):
             out_features=self.out_features,
             generator=generator,
         )
+        # in a tuple: the leader is no part of this module
+        self._leader = () if leader is None else (leader,)
         self.router = None
-        if site.experts.num_experts > 1:
+        if site.experts.num_experts > 1 and leader is None:
+            by_task = site.router.input == "task"
             self.router = ROUTERS[site.router.kind](
                 site.router,
-                in_features=self.in_features,
+                in_features=len(site.router.tasks) if by_task else self.in_features,
                 num_experts=site.experts.num_experts,
                 site=path,
                 generator=generator,
@@ -94,6 +100,20 @@ class MoloraLinear(nn.Module):
             if module is not None:
                 module.to(device=base.weight.device)
         self.experts.start(self._weight_OI())
+
+    @property
+    def leader(self) -> "MoloraLinear | None":
+        """Layer whose routing this one follows; None where it routes for itself."""
+        return self._leader[0] if self._leader else None
+
+    @property
+    def decider(self) -> AbstractRouter | None:
+        """Router that decides here, the own or the leader's; None: one expert."""
+        if self.experts.num_experts == 1:
+            return None
+        router = self.router if self.leader is None else self.leader.router
+        assert router is not None
+        return router
 
     @property
     def weight(self) -> Any:
@@ -129,15 +149,16 @@ class MoloraLinear(nn.Module):
             return plain
         x_TI = x.reshape(-1, self.in_features)
         shape = *x.shape[:-1], self.out_features
-        if self.router is None:
+        decider = self.decider
+        if decider is None:
             single_TO: Tensor = self.experts(x_TI, None, self._base(x, x_TI, None))
             return single_TO.view(shape)
         watched = bool(self.objectives) and self.training
         watched = watched or runtime.trace is not None or runtime.stats is not None
-        capacity = self.router.capacity if self.training else None
-        needed = watched or capacity is not None
+        capacity = decider.capacity if self.training else None
+        needed = watched or capacity is not None or decider.needs_context
         context = runtime.context_for(self.path, needed=needed)
-        wanted: Routing = self.router(x_TI, context)
+        wanted = self.routing(x, context)
         routing = wanted
         if capacity is not None:
             weight_T = context.token_weights(x.shape, self.path)
@@ -148,13 +169,32 @@ class MoloraLinear(nn.Module):
             # sums of tokens are not for half precision, which autocast would use
             with torch.autocast(y_TO.device.type, enabled=False):
                 values: dict[str, Tensor] = {}
-                if self.training:
+                if self.training and self.router is not None:
                     # objectives see what tokens asked for, overflow included
                     y_TO = self._balance(y_TO, wanted, context, x.shape, values)
                 # a recomputation in backward repeats a forward that is on record
                 if not in_backward():
                     self._record(routing, context, x.shape, values)
         return y_TO.view(shape)
+
+    def routing(self, x: Tensor, context: ForwardContext) -> Routing:
+        """Where the tokens of an input go: as the own router says, or the leader's.
+
+        Args:
+            x: [..., I].
+            context: The running forward.
+
+        Raises:
+            RoutingError: See ``molora.route``.
+        """
+        if self.router is None:
+            decider = self.decider
+            assert decider is not None
+            return follow(decider, x, context, self.path)
+        routing = decide(self.router, x, context)
+        if self.router.config.scope != "site":
+            context.routes[self.path] = routing
+        return routing
 
     def _base(self, x: Tensor, x_TI: Tensor, gates: Tensor | None) -> Tensor | Layer:
         """Output of the frozen layer as [T, O], or that layer where experts call it."""
@@ -214,7 +254,7 @@ class MoloraLinear(nn.Module):
         runtime = self.runtime
         if runtime.trace is not None:
             runtime.trace.add(self.path, routing, context, shape, weight_T)
-        if runtime.stats is not None and self.training:
+        if runtime.stats is not None and self.training and self.router is not None:
             stats = runtime.stats.get(self.path)
             if stats is None:
                 gates = routing.gates

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from molora.config import AdapterConfig
 from molora.context import Runtime
@@ -18,7 +18,8 @@ from molora.errors import WrapError
 from molora.freezing import set_trainable, split_newest
 from molora.layer import MoloraLinear
 from molora.records import RoutingTrace
-from molora.routers import OBJECTIVES
+from molora.route import leaders
+from molora.routers import OBJECTIVES, ROUTERS
 from molora.targets import find_targets
 from molora.wrapped import adapter_parameters as adapter_parameters
 from molora.wrapped import attach, detach
@@ -54,27 +55,32 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
         names = [name for name, _ in model.named_modules()]
         layout = config.layout.placed(names, list(targets))
         config = config.model_copy(update={"layout": layout})
-    runtime = Runtime()
-    routed = sum(config.site(path).experts.num_experts > 1 for path in targets)
-    if config.balance and not routed:
+    settings = {path: config.site(path) for path in targets}
+    leader_of = leaders(settings)
+    routers = [ROUTERS[settings[path].router.kind] for path in leader_of]
+    reads_prompt = any(router.reads_prompt for router in routers) or any(
+        settings[path].router.input == "sequence" for path in leader_of
+    )
+    runtime = Runtime(reads_prompt=reads_prompt)
+    if config.balance and not leader_of:
         raise WrapError(
             "balance: every target layer has one expert after the overrides, so there "
             "is nothing to balance; drop the balance block"
         )
-    objectives = [
-        (OBJECTIVES[o.kind](o), o.weight / max(routed, 1)) for o in config.balance
-    ]
-    banks = {
-        path: MoloraLinear(
+    share = 1 / max(len(set(leader_of.values())), 1)
+    objectives = [(OBJECTIVES[o.kind](o), o.weight * share) for o in config.balance]
+    banks: dict[str, MoloraLinear] = {}
+    for path, base in targets.items():
+        # leaders come first in model order
+        banks[path] = MoloraLinear(
             base,
-            config.site(path),
+            settings[path],
             path=path,
             runtime=runtime,
             objectives=objectives,
             generator=generator_of(seed, path),
+            leader=banks.get(leader_of.get(path, path)),
         )
-        for path, base in targets.items()
-    }
     for bank in banks.values():
         if config.train == "newest":
             split_newest(bank)
@@ -211,6 +217,31 @@ def tasks(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
+def prompts(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Name the tokens of the prompt of the batches that run inside the block.
+
+    Routers with ``input: sequence`` read them. Without it the prompt is what stands
+    before the first supervised label, or all of an input without labels.
+
+    Args:
+        model: A wrapped model.
+        mask: [B, S], True at the tokens of the prompt.
+
+    Raises:
+        WrapError: The model is not wrapped, or the mask is no matrix of booleans.
+    """
+    if mask.dim() != 2 or mask.dtype != torch.bool:
+        raise WrapError("molora.prompts: give a bool tensor [rows, positions]")
+    sites(model)
+    runtime = _runtime(model)
+    before, runtime.prompts = runtime.prompts, mask
+    try:
+        yield
+    finally:
+        runtime.prompts = before
+
+
+@contextmanager
 def record_routing(
     model: nn.Module, keep_tokens: bool = True
 ) -> Iterator[RoutingTrace]:
@@ -223,7 +254,7 @@ def record_routing(
     Raises:
         WrapError: The model is not wrapped, or no site has a router.
     """
-    if all(site.router is None for site in sites(model).values()):
+    if all(site.decider is None for site in sites(model).values()):
         raise WrapError("no site of this model has a router, so nothing is routed")
     runtime = _runtime(model)
     before, runtime.trace = runtime.trace, RoutingTrace(keep_tokens=keep_tokens)

@@ -16,6 +16,7 @@ from molora.config import AdapterConfig
 from molora.context import ContextCheckpoint, Runtime, forward_context
 from molora.errors import WrapError
 from molora.layer import MoloraLinear
+from molora.prompt import keep_means
 
 
 class MoloraModel:
@@ -208,7 +209,7 @@ class _EnterForward(_ContextHook):
         # an interrupt skips the leaving hook, so an own context found here is stale
         if runtime.current is None or runtime.owner == id(module):
             arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
-            runtime.current = forward_context(arguments, runtime.tasks)
+            runtime.current = forward_context(arguments, runtime, module.training)
             runtime.owner = id(module)
 
 
@@ -217,8 +218,12 @@ class _LeaveForward(_ContextHook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.runtime.owner == id(module):
-            self.runtime.current = None
+            context, self.runtime.current = self.runtime.current, None
             self.runtime.owner = None
+            # output is None after an exception
+            cache = getattr(output, "past_key_values", None)
+            if context is not None and context.means and cache is not None:
+                keep_means(cache, context.means)
 
 
 def _remove_hook(module: nn.Module, key: int) -> None:

@@ -38,6 +38,7 @@ class ArrowRouter(AbstractRouter):
 
     has_probs = False
     needs_trained = True
+    own_site = True
 
     class Config(RouterConfig):
         """Settings of Arrow."""

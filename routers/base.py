@@ -5,7 +5,7 @@ Shape legend (this folder)
 """
 
 import abc
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
 import torch
@@ -60,16 +60,39 @@ class Routing(NamedTuple):
             return assigned_TE.sum(0)
         return weight_T.to(assigned_TE.dtype) @ assigned_TE
 
+    def per_token(self, repeats: int) -> "Routing":
+        """The routing of rows as that of their tokens, equally many each."""
+
+        def spread(rows: Tensor) -> Tensor:
+            return rows.repeat_interleave(repeats, 0)
+
+        full = None if self.full is None else spread(self.full)
+        gates, logits = spread(self.gates), spread(self.logits)
+        return Routing(gates, full, logits, self.top_k)
+
 
 class RouterConfig(Schema):
     """Settings of every router."""
 
     kind: str
     """Registered name."""
-    scope: Literal["site"] = "site"
-    """What shares one routing: every target layer routes for itself."""
-    input: Literal["token"] = "token"
-    """What the router reads: the token's input to the target layer."""
+    scope: Literal["site", "block", "model"] = "site"
+    """What shares one routing: every target layer routes for itself; the layers of one
+    module (an attention, an FFN) follow their first; or all follow the first."""
+    input: Literal["token", "sequence", "task"] = "token"
+    """What the router reads: the token's input to the target layer; its mean over the
+    prompt of the row; or the task of the row, one-hot."""
+    tasks: list[str] = []
+    """With input: task, the names of the tasks."""
+
+    @pydantic.model_validator(mode="after")
+    def _tasks_are_read(self) -> Self:
+        if (self.input == "task") != bool(self.tasks):
+            told = "names no task" if self.input == "task" else "has no effect"
+            raise ValueError(f"tasks: {told} with input: {self.input}")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks: a name is listed twice: {self.tasks}")
+        return self
 
 
 class GateConfig(RouterConfig):
@@ -94,7 +117,7 @@ class AbstractRouter(nn.Module, abc.ABC):
 
     Args:
         config: Settings.
-        in_features: I.
+        in_features: I, or the number of tasks with input: task.
         num_experts: E.
         site: Module path of the target layer, for messages.
         generator: Source of the initial weights.
@@ -115,6 +138,10 @@ class AbstractRouter(nn.Module, abc.ABC):
     """Whether it takes a fixed number of experts by rank, and reads ``bias_E``."""
     needs_trained: ClassVar[bool] = False
     """Whether it can choose only among experts that were trained before."""
+    own_site: ClassVar[bool] = False
+    """Whether it belongs to one target layer and its tokens, for any other use."""
+    reads_prompt: ClassVar[bool] = False
+    """Whether it asks the context for the prompt, whatever its input."""
     capacity: float | None = None
     bias_E: Tensor | None
     load_E: Tensor | None = None
@@ -130,12 +157,21 @@ class AbstractRouter(nn.Module, abc.ABC):
     ):
         super().__init__()
         self.config = config
+        self.in_features = in_features
         self.site = site
         self.register_buffer("bias_E", None)
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> str | None:
         """Say why this config means nothing with num_experts, or return None."""
+        for field in ("scope", "input"):
+            value = getattr(config, field)
+            if cls.own_site and value not in ("site", "token"):
+                return (
+                    f"router.{field}={value!r}: router.kind {config.kind!r} reads the "
+                    "experts of its own layer and that layer's tokens; drop it, or set "
+                    "router.kind to topk or soft"
+                )
         return None
 
     @classmethod
@@ -146,7 +182,7 @@ class AbstractRouter(nn.Module, abc.ABC):
     @classmethod
     def known_tasks(cls, config: RouterConfig) -> tuple[str, ...]:
         """Tasks of the rows that it routes by; none where it does not read them."""
-        return ()
+        return tuple(config.tasks)
 
     def bind(self, experts: Any) -> None:  # noqa: B027
         """Meet the bank of the same site, for routers that read the experts.
@@ -157,6 +193,13 @@ class AbstractRouter(nn.Module, abc.ABC):
         Raises:
             ConfigError: The router cannot read this family.
         """
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether a routing depends on more of the forward than the tokens given."""
+        config = self.config
+        elsewhere = config.scope != "site" or config.input != "token"
+        return elsewhere or self.reads_prompt
 
     def add_bias(self, num_experts: int) -> None:
         """Make the bias, which is saved with the router."""

@@ -10,6 +10,8 @@ from molora.routers.base import ROUTERS, AbstractRouter, RouterConfig, Routing
 class NoRouter(AbstractRouter):
     """One expert with gate 1: an ordinary adapter. No router module is built."""
 
+    own_site = True
+
     class Config(RouterConfig):
         """Settings of no routing."""
 
@@ -21,7 +23,7 @@ class NoRouter(AbstractRouter):
                 f"router.kind 'none' cannot choose among num_experts={num_experts}; "
                 "set router.kind to soft or topk, or num_experts to 1"
             )
-        return None
+        return super().check(config, num_experts)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """Never called: a bank of one expert has no router."""

@@ -66,7 +66,7 @@ class SigmoidRouter(LinearGateRouter):
     def known_tasks(cls, config: RouterConfig) -> tuple[str, ...]:
         """See base class."""
         assert isinstance(config, cls.Config)
-        return tuple(config.task_experts)
+        return tuple(config.task_experts) or super().known_tasks(config)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 import molora
 from molora.context import (
     ForwardContext,
+    Runtime,
     forward_context,
     mask_from_labels,
     mask_from_positions,
@@ -23,7 +24,7 @@ Factory = Callable[..., PreTrainedModel]
 
 
 def mask_of(**arguments: Any) -> Any:
-    mask = forward_context(arguments, None).mask_BS
+    mask = forward_context(arguments, Runtime(), False).mask_BS
     return None if mask is None else mask.int().tolist()
 
 

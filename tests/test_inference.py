@@ -25,15 +25,28 @@ KINDS = [
     # Arrow reads factors, and refuses experts that have none (tests/routers)
     if router != "arrow" or issubclass(EXPERTS[family], BilinearExperts)
 ]
+WHERE = {
+    "": {},
+    "block": {"scope": "block"},
+    "model": {"scope": "model"},
+    "task": {"input": "task", "tasks": ["chat", "sql"]},
+}
+KINDS += [
+    ("lora", f"{router}@{where}")
+    for router in ROUTERS.names()
+    for where in WHERE
+    if where and not ROUTERS[router].own_site
+]
 TASKS = ["sql", "chat", "sql"]
 
 
 def build(make: Factory, family: str, router: str) -> Any:
     """A model whose adapter changes its outputs a lot."""
+    kind, _, where = router.partition("@")
     raw = {
         "target_modules": "all-linear",
         "experts": {"kind": family, "num_experts": 1 if router == "none" else 4},
-        "router": {"kind": router},
+        "router": {"kind": kind, **WHERE[where]},
     }
     model: Any = molora.wrap(make(), molora.AdapterConfig.from_dict(raw))
     g = torch.Generator().manual_seed(3)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import molora
-from molora.context import ForwardContext, forward_context, mask_from_positions
+from molora.context import ForwardContext, Runtime, forward_context, mask_from_positions
 from molora.model import adapter_parameters, sites
 from molora.routers import OBJECTIVES, ROUTERS
 from tests.registered import GATED, objective, router_settings, value
@@ -173,8 +173,8 @@ def test_two_and_four_dimensional_masks_agree(
     causal = torch.ones(S, S, dtype=torch.bool).tril()
     full = (causal & flat.bool()[:, None] & flat.bool()[:, :, None])[:, None]
     additive = torch.zeros(full.shape).masked_fill(~full, float("-inf"))
-    want = forward_context({"attention_mask": flat}, None).mask_BS
+    want = forward_context({"attention_mask": flat}, Runtime(), False).mask_BS
     assert want is not None
     for mask in (full, additive):
-        got = forward_context({"attention_mask": mask}, None).mask_BS
+        got = forward_context({"attention_mask": mask}, Runtime(), False).mask_BS
         assert got is not None and torch.equal(got, want)

@@ -50,7 +50,7 @@ def check_model(
 def _check_experts(found: dict[str, MoloraLinear]) -> None:
     """Refuse what would train nothing: choices among experts that are all zero."""
     for path, site in found.items():
-        router = site.router
+        router = site.decider
         if router is None or not isinstance(site.experts, BilinearExperts):
             continue
         empty = [not factors[1].any() for factors in _factors(site.experts)]

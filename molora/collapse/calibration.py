@@ -14,6 +14,7 @@ from torch import Tensor
 from molora.collapse.base import CollapseConfig
 from molora.collapse.moments import Task
 from molora.errors import DataError
+from molora.prompt import prompt_from_labels
 
 FIT, HELD = 0, 1
 """Parts of the calibration rows: to learn from, and to measure the error on."""
@@ -28,11 +29,13 @@ class Batch:
         inputs: Keyword arguments of the model's forward.
         tasks: Task of each row.
         part_B: FIT, HELD or UNUSED for each row, int64.
+        prompt_BS: Tokens of the prompt, where labels tell them.
     """
 
     inputs: dict[str, Any]
     tasks: list[Task]
     part_B: Tensor
+    prompt_BS: Tensor | None
 
     @property
     def names(self) -> list[str] | None:
@@ -63,7 +66,7 @@ def read_calibration(
         DataError: No batches, a batch that is none, or fewer than two rows in use.
     """
     read = [_split(raw, i) for i, raw in enumerate(batches)]
-    tasks = [task for _, names in read for task in names]
+    tasks = [task for _, names, _ in read for task in names]
     used = [config.tasks is None or task in config.tasks for task in tasks]
     missing = set(config.tasks or ()) - set(tasks)
     if missing:
@@ -77,16 +80,18 @@ def read_calibration(
             "and one to hold out"
         )
     part_N = _divide(tasks, used, config.held_out)
-    parts = part_N.split([len(names) for _, names in read])
+    parts = part_N.split([len(names) for _, names, _ in read])
     made = [
-        Batch(inputs, names, part_B)
-        for (inputs, names), part_B in zip(read, parts, strict=True)
+        Batch(inputs, names, part_B, prompt_BS)
+        for (inputs, names, prompt_BS), part_B in zip(read, parts, strict=True)
     ]
     return [batch for batch in made if (batch.part_B != UNUSED).any()]
 
 
-def _split(raw: Mapping[str, Any], index: int) -> tuple[dict[str, Any], list[Task]]:
-    """Take a batch apart into the model's arguments and the tasks of the rows."""
+def _split(
+    raw: Mapping[str, Any], index: int
+) -> tuple[dict[str, Any], list[Task], Tensor | None]:
+    """Take a batch apart: arguments of the model, tasks of the rows, their prompts."""
     if not isinstance(raw, Mapping):
         raise DataError(
             f"calibration: batch {index} is a {type(raw).__name__}, expected a mapping "
@@ -103,9 +108,11 @@ def _split(raw: Mapping[str, Any], index: int) -> tuple[dict[str, Any], list[Tas
         raise DataError(
             f"calibration: batch {index} has {rows} rows and {len(tasks)} tasks"
         )
+    labels = inputs.get("labels")
+    prompt_BS = prompt_from_labels(labels) if isinstance(labels, Tensor) else None
     if "attention_mask" in inputs or "position_ids" in inputs:
         inputs.pop("labels", None)
-    return inputs, tasks
+    return inputs, tasks, prompt_BS
 
 
 def _tasks(given: Tensor | Sequence[Task] | None, rows: int) -> list[Task]:

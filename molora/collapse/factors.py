@@ -21,6 +21,7 @@ from molora.context import ForwardContext
 from molora.errors import WrapError
 from molora.experts import BilinearExperts, LoRAExperts
 from molora.layer import MoloraLinear
+from molora.prompt import Prompt
 
 
 class LowRank(NamedTuple):
@@ -154,13 +155,14 @@ class SiteFactors:
 
 def _even_gates(site: MoloraLinear, A: Tensor) -> Tensor:
     count = site.experts.num_experts
-    if site.router is None:
+    router = site.decider
+    if router is None:
         return torch.ones(1, dtype=torch.float64, device=A.device)
-    zero_1I = A.new_zeros(1, site.in_features)
+    zero_1I = A.new_zeros(1, router.in_features)
     # one row of a task that the router knows; which one makes no difference to the sum
-    tasks = site.router.known_tasks(site.router.config)[:1] or None
-    context = ForwardContext(tasks=tasks, rows=1)
-    total: Tensor = site.router(zero_1I, context).gates.sum().double()
+    tasks = router.known_tasks(router.config)[:1] or None
+    context = ForwardContext(tasks=tasks, rows=1, prompt=Prompt(None, None, "one row"))
+    total: Tensor = router(zero_1I, context).gates.sum().double()
     return (total / count).expand(count)
 
 

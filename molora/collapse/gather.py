@@ -74,11 +74,10 @@ class _Gather:
         seen = self._look(site, args[0])
         factors = self.factors[site.path]
         context = self.runtime.context_for(site.path, needed=False)
-        x_TI = seen.x.reshape(-1, site.in_features)
-        if site.router is None:
-            gates_TE = x_TI.new_ones(x_TI.shape[0], 1)
+        if site.decider is None:
+            gates_TE = seen.x.new_ones(seen.x.numel() // site.in_features, 1)
         else:
-            gates_TE = site.router(x_TI, context).gates
+            gates_TE = site.routing(seen.x, context).gates
         y_TO = y.reshape(-1, site.out_features)
         for part, evidence in enumerate(self.sums[site.path]):
             picked, rows_TI = seen.picked[part], seen.rows[part]

@@ -18,7 +18,7 @@ from molora.collapse.calibration import Batch
 from molora.collapse.factors import SiteFactors
 from molora.errors import ConfigError
 from molora.layer import MoloraLinear
-from molora.model import sites, tasks
+from molora.model import prompts, sites, tasks
 
 
 def shared_inputs(model: nn.Module, batch: Batch) -> dict[str, str]:
@@ -93,11 +93,14 @@ def forward(model: nn.Module, batch: Batch) -> None:
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.inputs.items()
     }
-    named = tasks(model, batch.names) if batch.names else contextlib.nullcontext()
     if _logits_are_unread(model) and "labels" not in inputs:
         # nobody looks at the logits, which cost as much as several layers
         inputs["logits_to_keep"] = 1
-    with named:
+    with contextlib.ExitStack() as stack:
+        if batch.names:
+            stack.enter_context(tasks(model, batch.names))
+        if batch.prompt_BS is not None:
+            stack.enter_context(prompts(model, batch.prompt_BS))
         model(**inputs)
 
 

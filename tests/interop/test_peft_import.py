@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import molora
@@ -16,6 +16,7 @@ from molora.context import ForwardContext
 from molora.errors import CheckpointError, ConfigError, WrapError
 from molora.model import adapter_parameters, is_wrapped, sites
 from molora.routers import Routing
+from molora.routers.base import AbstractRouter, RouterConfig
 
 Factory = Any
 IDS = torch.arange(1, 25).view(2, 12)
@@ -66,11 +67,17 @@ def logits(model: Any, dtype: torch.dtype = torch.float64) -> Tensor:
     return out
 
 
-class Only(nn.Module):
+class Only(AbstractRouter):
     """A router that gives every token to one expert."""
 
     def __init__(self, expert: int, experts: int):
-        super().__init__()
+        super().__init__(
+            RouterConfig(kind="soft"),
+            in_features=1,
+            num_experts=experts,
+            site="",
+            generator=torch.Generator(),
+        )
         self.expert, self.experts = expert, experts
 
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:

@@ -7,7 +7,7 @@ a batch, V vocabulary; 1 a dimension of size one.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+import molora
+from molora.model import is_wrapped
+from molora.prompt import PromptLayer, prompt_from_labels
 from molora.training.encoding import IGNORE
 
 RowsContext = Callable[[int], AbstractContextManager[Any]]
@@ -61,9 +64,10 @@ class Scorer:
         """
         target_BS = batch["labels"][:, 1:].to(self.model.device)
         columns = (target_BS != IGNORE).any(0).nonzero().squeeze(1)
-        logits_BSV = self._logits(
-            batch["input_ids"], batch["attention_mask"], columns, use_cache=False
-        )
+        with self._prompts(prompt_from_labels(batch["labels"])):
+            logits_BSV = self._logits(
+                batch["input_ids"], batch["attention_mask"], columns, use_cache=False
+            )
         target_BS = target_BS[:, columns]
         is_learned_BS = target_BS != IGNORE
         logits_MV = logits_BSV[is_learned_BS].float()
@@ -159,6 +163,12 @@ class Scorer:
         answers = output_BS[:, prompt_BS.shape[1] :].tolist()
         return [_until(ids, end_ids) for ids in answers]
 
+    def _prompts(self, prompt_BS: Tensor) -> AbstractContextManager[None]:
+        """Tell routers that read the prompt where it ends."""
+        if is_wrapped(self.model):
+            return molora.prompts(self.model, prompt_BS)
+        return nullcontext()
+
     def _forward(self, ids: Tensor, mask: Tensor, **inputs: Any) -> Any:
         """Run the model, leaving out what its forward does not take."""
         if not self._takes_position_ids:
@@ -187,12 +197,13 @@ class Scorer:
         """Scores [N] of N prompts with one candidate each, by one padded forward."""
         rows = [[*p, *c] for p, c in zip(prompts, candidates, strict=True)]
         ids_NS, mask_NS = self._pad_right(rows)
-        logits_NSV = self._forward(ids_NS, mask_NS, use_cache=False).logits
+        lengths = [[len(prompt)] for prompt in prompts]
+        length_N1 = torch.tensor(lengths, device=ids_NS.device)
+        position_S = torch.arange(ids_NS.shape[1], device=ids_NS.device)
+        with self._prompts(position_S < length_N1):
+            logits_NSV = self._forward(ids_NS, mask_NS, use_cache=False).logits
         score_NS1 = _log_probs(logits_NSV[:, :-1]).gather(2, ids_NS[:, 1:, None])
-        starts = [[len(prompt) - 1] for prompt in prompts]
-        start_N1 = torch.tensor(starts, device=ids_NS.device)
-        position_S = torch.arange(ids_NS.shape[1] - 1, device=ids_NS.device)
-        is_scored_NS = (position_S >= start_N1) & (mask_NS[:, 1:] == 1)
+        is_scored_NS = (position_S[1:] >= length_N1) & (mask_NS[:, 1:] == 1)
         return score_NS1.squeeze(2).where(is_scored_NS, 0.0).sum(1)
 
     def _pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -216,7 +227,7 @@ def _log_probs(logits: Tensor) -> Tensor:
 def _is_repeatable(cache: object) -> bool:
     # exact types: subclasses may hold states that batch_repeat_interleave leaves alone
     return isinstance(cache, DynamicCache) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, PromptLayer)
         for layer in cache.layers
     )
 

@@ -20,7 +20,8 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import SaveStrategy
 
 from molora.errors import TrainingError
-from molora.model import after_optimizer_step, tasks
+from molora.model import after_optimizer_step, prompts, tasks
+from molora.prompt import prompt_from_labels
 from molora.training.arguments import MoloraTrainingSettings
 from molora.training.checkpointing import CheckpointingMixin
 from molora.training.checks import check_model, check_setup, datasets
@@ -166,7 +167,11 @@ class MoloraTrainerMixin(CheckpointingMixin):
         known: Any = contextlib.nullcontext()
         if task_ids is not None and names:
             known = tasks(self.model, [names[i] for i in task_ids.tolist()])
-        with known:
+        told: Any = contextlib.nullcontext()
+        if "labels" in inputs:
+            # a loss of one's own takes them away, and routers read where they begin
+            told = prompts(self.model, prompt_from_labels(inputs["labels"]))
+        with known, told:
             if num_items_in_batch is None and self._is_empty(inputs):
                 loss, outputs = _zero_loss(model, inputs)
                 return (loss, outputs) if return_outputs else loss

@@ -22,7 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import molora
 from molora.errors import ConfigError
+from molora.model import adapter_parameters
 from molora.training.data import DataConfig, EvalRow, EvalSet, build_eval_sets
 from molora.training.evaluation import TaskResult, evaluate
 from molora.training.sampling import Collator
@@ -383,3 +385,37 @@ def test_results_are_plain_and_bad_batch_sizes_named(
     }
     with pytest.raises(ConfigError, match="batch_size: must be at least 1, got 0"):
         evaluate(model, tokenizer, {}, 0)
+
+
+@pytest.mark.parametrize("make", ["tiny_llama", "bloom"])
+def test_routers_that_read_the_prompt_do_not_see_the_answer(
+    make: str, tmp_path: Path, tokenizer: Tokenizer, model: PreTrainedModel
+) -> None:
+    """Both losses, with and without a cache that can be repeated, by transformers."""
+    base = bloom() if make == "bloom" else model
+    raw = {
+        "target_modules": ["dense" if make == "bloom" else "o_proj"],
+        "experts": {"kind": "lora", "num_experts": 3, "r": 2},
+        "router": {"kind": "topk", "input": "sequence"},
+    }
+    wrapped: Any = molora.wrap(base, molora.AdapterConfig.from_dict(raw))
+    for name, p in adapter_parameters(wrapped).items():
+        p.data.normal_(0, 3.0 if "router" in name else 0.5)
+    wrapped.eval()
+    labelled = build(tmp_path, tokenizer, label_pairs(4), labels=LABELS)
+    result = evaluate(wrapped, tokenizer, {"t": labelled}, 3, False)["t"]
+    # labels, not molora.prompts, tell transformers' forward where the prompt ends
+    losses = [hf_nll(wrapped, row) for row in labelled.rows]
+    want = sum(a for a, _ in losses) / sum(n for _, n in losses)
+    assert result.loss == pytest.approx(want, rel=1e-4)
+    plain = build(tmp_path, tokenizer, label_pairs(4))
+    got = evaluate(wrapped, tokenizer, {"t": plain}, 3, False)["t"]
+    assert got.loss == pytest.approx(want, rel=1e-4)
+    whole = [row.encoded["input_ids"] for row in plain.rows]
+    # with the answer as part of the prompt the loss is another one
+    nll = []
+    for row, ids in zip(plain.rows, whole, strict=True):
+        everything = torch.ones(1, len(ids), dtype=torch.bool)
+        with molora.prompts(wrapped, everything):
+            nll.append(hf_nll(wrapped, row)[0])
+    assert abs(sum(nll) / sum(n for _, n in losses) - want) > 1e-3 * want

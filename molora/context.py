@@ -25,6 +25,7 @@ from molora.token_mask import mask_from_labels as mask_from_labels
 from molora.token_mask import mask_from_positions as mask_from_positions
 
 if TYPE_CHECKING:
+    from molora.ffn import Slots
     from molora.records import RoutingTrace, SiteStats
     from molora.routers.base import Routing
 
@@ -50,6 +51,7 @@ class ForwardContext:
         prompt: What the forward tells of the prompt, for routers that read it.
         means: Means of the prompt that sites have read in this forward.
         routes: Routings of this forward that sites share, by the site that made them.
+        slots: The same as slots of whole-FFN experts; see molora.ffn.
     """
 
     mask_BS: Tensor | None = None
@@ -61,6 +63,7 @@ class ForwardContext:
     routes: "dict[str, Routing]" = field(
         default_factory=dict, repr=False, compare=False
     )
+    slots: "dict[str, Slots]" = field(default_factory=dict, repr=False, compare=False)
     _weights: dict[tuple[int, ...], Tensor | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

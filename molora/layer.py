@@ -18,6 +18,7 @@ from molora.config import SiteConfig
 from molora.context import ForwardContext, Runtime, in_backward
 from molora.errors import RoutingError, WrapError
 from molora.experts import EXPERTS, AbstractExperts, BilinearExperts
+from molora.ffn import enter, leave, slots_of
 from molora.kernels import Layer
 from molora.records import SiteStats
 from molora.route import decide, follow
@@ -53,6 +54,8 @@ class MoloraLinear(nn.Module):
     """
 
     router: AbstractRouter | None
+    ends_ffn: bool = False
+    """Whether it is the last layer of an FFN whose experts run side by side."""
 
     def __init__(
         self,
@@ -158,24 +161,29 @@ class MoloraLinear(nn.Module):
         capacity = decider.capacity if self.training else None
         needed = watched or capacity is not None or decider.needs_context
         context = runtime.context_for(self.path, needed=needed)
+        seen = x.shape if not self.ends_ffn else (*x.shape[:-2], x.shape[-1])
         wanted = self.routing(x, context)
         routing = wanted
         if capacity is not None:
-            weight_T = context.token_weights(x.shape, self.path)
+            weight_T = context.token_weights(seen, self.path)
             routing = wanted._replace(gates=limited(wanted.gates, capacity, weight_T))
-        base = self._base(x, x_TI, routing.gates)
-        y_TO: Tensor = self.experts(x_TI, routing.gates, base, routing.top_k)
+        if decider.config.mix == "block":
+            y = self._in_ffn(x, routing, context)
+            shape = y.shape
+        else:
+            base = self._base(x, x_TI, routing.gates)
+            y = self.experts(x_TI, routing.gates, base, routing.top_k)
         if watched:
             # sums of tokens are not for half precision, which autocast would use
-            with torch.autocast(y_TO.device.type, enabled=False):
+            with torch.autocast(y.device.type, enabled=False):
                 values: dict[str, Tensor] = {}
                 if self.training and self.router is not None:
                     # objectives see what tokens asked for, overflow included
-                    y_TO = self._balance(y_TO, wanted, context, x.shape, values)
+                    y = self._balance(y, wanted, context, seen, values)
                 # a recomputation in backward repeats a forward that is on record
                 if not in_backward():
-                    self._record(routing, context, x.shape, values)
-        return y_TO.view(shape)
+                    self._record(routing, context, seen, values)
+        return y.view(shape)
 
     def routing(self, x: Tensor, context: ForwardContext) -> Routing:
         """Where the tokens of an input go: as the own router says, or the leader's.
@@ -190,11 +198,23 @@ class MoloraLinear(nn.Module):
         if self.router is None:
             decider = self.decider
             assert decider is not None
-            return follow(decider, x, context, self.path)
+            slots = x.shape[-2] if self.ends_ffn else 1
+            tokens = x.numel() // x.shape[-1] // slots
+            return follow(decider, tokens, context, self.path)
         routing = decide(self.router, x, context)
         if self.router.config.scope != "site":
             context.routes[self.path] = routing
         return routing
+
+    def _in_ffn(self, x: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
+        """The layer's part in an FFN whose experts run side by side; see ffn.py."""
+        decider = self.decider
+        assert decider is not None
+        if self.router is not None:
+            with_base = not decider.sums_to_one() or decider.capacity is not None
+            context.slots[self.path] = slots_of(routing, with_base)
+        slots = context.slots[decider.site]
+        return leave(self, x, slots) if self.ends_ffn else enter(self, x, slots)
 
     def _base(self, x: Tensor, x_TI: Tensor, gates: Tensor | None) -> Tensor | Layer:
         """Output of the frozen layer as [T, O], or that layer where experts call it."""
@@ -216,7 +236,7 @@ class MoloraLinear(nn.Module):
         y_TO: Tensor,
         routing: Routing,
         context: ForwardContext,
-        shape: torch.Size,
+        shape: Sequence[int],
         values: dict[str, Tensor],
     ) -> Tensor:
         """Attach the balance objectives, and note their values."""
@@ -246,7 +266,7 @@ class MoloraLinear(nn.Module):
         self,
         routing: Routing,
         context: ForwardContext,
-        shape: torch.Size,
+        shape: Sequence[int],
         values: dict[str, Tensor],
     ) -> None:
         """Add to the trace and to the running sums, where somebody reads them."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from molora.config import AdapterConfig
 from molora.context import Runtime
 from molora.errors import WrapError
+from molora.ffn import check_ffn, ffns
 from molora.freezing import set_trainable, split_newest
 from molora.layer import MoloraLinear
 from molora.records import RoutingTrace
@@ -81,6 +82,9 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
             generator=generator_of(seed, path),
             leader=banks.get(leader_of.get(path, path)),
         )
+    for group in ffns(banks).values():
+        check_ffn(model, group)
+        list(group.values())[-1].ends_ffn = True
     for bank in banks.values():
         if config.train == "newest":
             split_newest(bank)

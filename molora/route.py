@@ -107,13 +107,13 @@ def _one_hot(router: AbstractRouter, x: Tensor, context: ForwardContext) -> Tens
 
 
 def follow(
-    leader: AbstractRouter, x: Tensor, context: ForwardContext, path: str
+    leader: AbstractRouter, tokens: int, context: ForwardContext, path: str
 ) -> Routing:
     """Take the routing that another layer made in this forward.
 
     Args:
         leader: Router of that layer.
-        x: Input of the layer that follows, [..., I].
+        tokens: T, how many the layer that follows sees.
         context: The running forward.
         path: Module path of the layer that follows, for messages.
 
@@ -129,7 +129,6 @@ def follow(
             f"{scope}), which has not run before it in this forward of the model; call "
             "the whole model, or set router.scope: site"
         )
-    tokens = x.numel() // x.shape[-1]
     if tokens != len(routing.gates):
         raise RoutingError(
             f"site {path!r} sees {tokens} tokens and follows the routing of "

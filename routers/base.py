@@ -82,8 +82,20 @@ class RouterConfig(Schema):
     input: Literal["token", "sequence", "task"] = "token"
     """What the router reads: the token's input to the target layer; its mean over the
     prompt of the row; or the task of the row, one-hot."""
+    mix: Literal["layer", "block"] = "layer"
+    """What is mixed: the updates of each layer, or with scope block the outputs of
+    whole FFNs, in which each expert passes the nonlinearity by itself (MixLoRA)."""
     tasks: list[str] = []
     """With input: task, the names of the tasks."""
+
+    @pydantic.model_validator(mode="after")
+    def _blocks_are_shared(self) -> Self:
+        if self.mix == "block" and self.scope != "block":
+            raise ValueError(
+                f"mix: block has no meaning with scope: {self.scope}, since the layers "
+                "of an FFN must agree on its experts; set scope: block"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _tasks_are_read(self) -> Self:
@@ -200,6 +212,10 @@ class AbstractRouter(nn.Module, abc.ABC):
         config = self.config
         elsewhere = config.scope != "site" or config.input != "token"
         return elsewhere or self.reads_prompt
+
+    def sums_to_one(self) -> bool:
+        """Whether the gates of every token sum to 1; False where that is not known."""
+        return False
 
     def add_bias(self, num_experts: int) -> None:
         """Make the bias, which is saved with the router."""

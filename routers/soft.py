@@ -25,6 +25,10 @@ class SoftRouter(LinearGateRouter):
     class Config(GateConfig):
         """Settings of soft routing."""
 
+    def sums_to_one(self) -> bool:
+        """See base class."""
+        return True
+
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class."""
         logits_TE = self.logits(x)

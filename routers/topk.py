@@ -67,6 +67,10 @@ class TopKRouter(LinearGateRouter):
         # those that derive from it score experts in other ways
         return cls is TopKRouter and config.renormalize
 
+    def sums_to_one(self) -> bool:
+        """See base class."""
+        return self.config.renormalize and not self.epsilon
+
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class."""
         logits_TE = self.logits(x)

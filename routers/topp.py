@@ -56,6 +56,10 @@ class TopPRouter(LinearGateRouter):
             )
         return super().check(config, num_experts)
 
+    def sums_to_one(self) -> bool:
+        """See base class."""
+        return self.config.renormalize
+
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class."""
         logits_TE = self.logits(x)

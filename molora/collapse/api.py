@@ -19,6 +19,8 @@ from molora.collapse.moments import Errors, Evidence, Usage, even
 from molora.collapse.passes import in_eval, plan, shared_inputs
 from molora.collapse.report import CollapseReport, CollapseResult, SiteReport
 from molora.errors import ConfigError, WrapError
+from molora.ffn import ffns
+from molora.layer import MoloraLinear
 from molora.model import sites
 
 Evaluate = Callable[[Any], Mapping[str, float]]
@@ -68,6 +70,7 @@ def collapse(
     found = sites(model)
     collapser = _build(method, rank, options, calibration is not None)
     _check_model(model, collapser, method)
+    _check_blocks(found, method, calibration is not None)
     with in_eval(model):
         factors = {path: SiteFactors.of(site) for path, site in found.items()}
     for site in factors.values():
@@ -130,6 +133,19 @@ def _check_model(model: nn.Module, collapser: Collapser, method: str) -> None:
         raise WrapError(
             f"every site has one expert already, so {method} has nothing to collapse; "
             f"{' and '.join(fits)} can lower the rank"
+        )
+
+
+def _check_blocks(
+    found: dict[str, MoloraLinear], method: str, calibrated: bool
+) -> None:
+    """Whole-FFN experts pass a nonlinearity apart, which no update of a layer does."""
+    blocks = [path for path, group in ffns(found).items() if group]
+    if blocks and (calibrated or method != "select"):
+        raise WrapError(
+            f"{blocks[0]!r} mixes the outputs of whole FFNs (router.mix: block), which "
+            "no update of its layers equals; collapse.select without calibration data "
+            "keeps one expert, which is exact for it"
         )
 
 

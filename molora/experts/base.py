@@ -123,13 +123,13 @@ class BilinearExperts(AbstractExperts):
         self,
         x: Tensor,
         gates: Tensor | None,
-        base: Tensor | Layer,
+        base: Tensor | Layer | None,
         top_k: int | None = None,
     ) -> Tensor:
         """See base class. One dropout mask serves all experts.
 
         Given the layer, a function of x that gives [T, O], backward writes the gradient
-        of x once for both.
+        of x once for both. Given None, the result is the update alone.
         """
         A, Bt, scale = self.factors()
         if not (self.training and self.lora_dropout):

@@ -107,7 +107,7 @@ class GOATExperts(BilinearExperts):
         self,
         x: Tensor,
         gates: Tensor | None,
-        base: Tensor | Layer,
+        base: Tensor | Layer | None,
         top_k: int | None = None,
     ) -> Tensor:
         """See base class. C is taken off once, weighted by the sum of the gates."""

@@ -29,7 +29,8 @@ from molora.training.routing_log import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run
---disable-background-networking --disable-component-update --disable-sync"""
+--disable-background-networking --disable-component-update --disable-sync
+--disable-dev-shm-usage"""
 EVIL = "</script><script>alert(1)</script>"
 IMAGE = "<img src=x onerror=alert(1)>"
 TOKENS = ["two", " red", "\n", IMAGE, EVIL]

@@ -8,13 +8,26 @@ READY := .venv/.ready
 DEV := .venv/.dev
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint bench kernels clean
+.PHONY: demo test browser lint bench kernels clean
 
 demo: $(READY)
 	$(BIN)/molora demo
 
-test: lint
+test: browser lint
 	$(BIN)/pytest
+
+# the page of molora routes --html is tested in Chromium
+browser:
+	@if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then \
+		if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+			echo 'The tests need the commands chromium and chromedriver: install' \
+				"Debian's packages chromium and chromium-driver" >&2; \
+			exit 1; \
+		fi; \
+		echo 'Installing chromium and chromium-driver'; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+			--no-install-recommends chromium chromium-driver >/dev/null; \
+	fi
 
 # mypy reads a plain install: the mapped folders of the checkout confuse it
 lint: $(DEV)

@@ -95,6 +95,27 @@ def settle(folder: Path) -> None:
             _finish(folder)
 
 
+def atomic_text(target: Path, text: str) -> None:
+    """Write a text file (UTF-8) that appears whole or not at all.
+
+    Args:
+        target: The file; a link is followed. What it held is replaced.
+        text: All of it.
+
+    Raises:
+        OSError: It cannot be written; then target is what it was.
+    """
+    target = target.resolve()
+    temp = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        temp.write_text(text, encoding="utf-8")
+        _fsync(temp)
+        temp.replace(target)
+    finally:
+        temp.unlink(missing_ok=True)
+    _fsync(target.parent)
+
+
 @contextlib.contextmanager
 def _worded(target: Path) -> Iterator[None]:
     """Turn what a disk or a file system refuses into an error that names the folder."""

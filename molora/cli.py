@@ -151,7 +151,7 @@ def routes(
         typer.Option(
             min=0,
             help="Evaluation rows of each task to route.",
-            show_default="32, or 0 with --prompt",
+            show_default="32; 0 with --prompt and without --html",
         ),
     ] = None,
     layer: Annotated[
@@ -161,6 +161,9 @@ def routes(
     task: Task = None,
     png: Annotated[
         Path | None, typer.Option(help="File for a heat map of experts by layer.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="File for a page to click through.")
     ] = None,
     json: Json = None,
 ) -> None:
@@ -176,6 +179,7 @@ def routes(
         layer=layer,
         task=task,
         png=png,
+        html=html,
         json=json,
     )
 

@@ -133,7 +133,7 @@ def run(folder: Path) -> Path:
     return folder / "run.yaml"
 
 
-def load(folder: Path, adapter: str = "adapter") -> PreTrainedModel:
+def load(folder: Path, adapter: str | Path = "adapter") -> PreTrainedModel:
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     return molora.load(base, folder / "out" / adapter).eval()
 
@@ -285,6 +285,44 @@ def test_routes_of_tasks_and_of_a_prompt(
         in text
     )
     assert "use of the experts by layer" in text.lower()
+
+
+def test_routes_as_a_page(folder: Path, run: Path) -> None:
+    html, numbers = folder / "routes.html", folder / "routes.json"
+    out = folder / "logged"
+    changes = [f"training.output_dir={out}", "training.max_steps=4"]
+    assert molora_cli("train", run, *changes, "training.logging_steps=2") == 0
+    files = ["--html", html, "--json", numbers]
+    options = [*changes, "--prompt", "two red :", *files]
+    assert molora_cli("routes", run, *options) == 0
+    embedded = '<script type="application/json" id="data">'
+    shown = json.loads(html.read_text().split(embedded)[1].split("</script>")[0])
+    values = json.loads(numbers.read_text())
+    # with a page the tasks are routed beside the prompt
+    assert [task["name"] for task in shown["tasks"]] == ["all tokens", "judge", "next"]
+    for task in shown["tasks"][1:]:
+        want = list(values["tasks"][task["name"]]["sites"].items())
+        assert [place["path"] for place in shown["places"]] == [
+            path for path, _ in want
+        ]
+        for found, (_, use) in zip(task["sites"], want, strict=True):
+            assert found["share"] == pytest.approx(use["share"], rel=1e-5)
+    log = [
+        json.loads(line)
+        for line in (out / "routing_log.jsonl").read_text().splitlines()
+    ]
+    path = shown["places"][2]["path"]
+    rows = [row for row in log if row["site"] == path]
+    assert shown["log"]["steps"] == [row["step"] for row in rows] == [2, 4]
+    assert shown["log"]["sites"][2]["share"] == [row["share"] for row in rows]
+    (text,) = shown["texts"]
+    assert text["tokens"] == ["two", "red", ":"]
+    model = load(folder, out / "adapter")
+    with molora.record_routing(model) as trace, torch.no_grad():
+        model(torch.tensor([[10, 4, 14]]))
+    gates = trace.sites[path].gates[0][0]
+    assert torch.allclose(torch.tensor(text["gates"][2]), gates, atol=1e-5)
+    assert molora_cli("routes", run, "--html", folder / "no" / "page.html") == 2
 
 
 def test_routes_of_one_layer(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

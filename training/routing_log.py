@@ -10,7 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from molora.errors import DataError
 from molora.training.monitor import SiteUse
+
+LOG_NAME = "routing_log.jsonl"
+"""File in the run folder."""
 
 
 def summary(uses: Mapping[str, SiteUse]) -> dict[str, float]:
@@ -70,6 +74,32 @@ class RoutingLog:
         ]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a log; one at the end that a kill cut short is left out.
+
+    Raises:
+        DataError: Another line is no JSON, or lacks its step or site.
+    """
+    lines = path.read_text("utf-8").split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            row = None
+        if not isinstance(row, dict) or not {"step", "site"} <= row.keys():
+            raise DataError(
+                f"{path}, line {number}: is no line of a routing log; move the file "
+                "away or remove the line"
+            )
+        found.append(row)
+    return found
 
 
 def _step(line: str) -> float:

@@ -28,7 +28,7 @@ from molora.training.checks import check_model, check_setup, datasets
 from molora.training.guard import StepGuard
 from molora.training.mixture import TaskMixture
 from molora.training.monitor import RoutingMonitor
-from molora.training.routing_log import RoutingLog, scalars, summary
+from molora.training.routing_log import LOG_NAME, RoutingLog, scalars, summary
 from molora.training.sampling import Collator, MixtureSampler
 
 logger = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ class MoloraTrainerMixin(CheckpointingMixin):
         self.monitor = RoutingMonitor(self.model, self.settings)
         self._last_read = self.state.global_step
         if self.monitor.places and self.is_world_process_zero():
-            path = Path(self.args.output_dir) / "routing_log.jsonl"
+            path = Path(self.args.output_dir) / LOG_NAME
             self.routing_log = RoutingLog(path, self.state.global_step)
         if self.resumed is not None:
             self._restore(self.resumed)

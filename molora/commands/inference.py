@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import molora
 from molora.commands import session
 from molora.errors import ConfigError
+from molora.page import Prompts, save_page
 from molora.records import RoutingTrace
 from molora.report import RoutingReport, TokenStrip, pieces, save_heatmap, token_strip
 from molora.run_config import RunConfig
@@ -19,6 +20,7 @@ from molora.schema import nearest
 from molora.training.data import Collator, build_eval_sets
 from molora.training.encoding import encode, split_answer
 from molora.training.formats import parse_row
+from molora.training.routing_log import LOG_NAME
 
 LIMIT = 32
 """Rows per task that ``routes`` looks at when no prompt is given."""
@@ -86,6 +88,7 @@ def routes(
     layer: str | None,
     task: str | None,
     png: Path | None,
+    html: Path | None,
     json: Path | None,
 ) -> None:
     """Show which experts the tokens of prompts and of evaluation rows use.
@@ -95,10 +98,11 @@ def routes(
         adapter: Folder of the adapter.
         prompts: Texts to show token by token.
         limit: Rows of each task's evaluation data for the tables; by default ``LIMIT``
-            without prompts and none with prompts.
+            without prompts or with a page, else none.
         layer: Layer number or module path for the coloured tokens; all by default.
         task: Task of all prompts, for routers that read it.
         png: File for the heat map.
+        html: File for the page, with the training log from beside the adapter.
         json: File for all numbers.
 
     Raises:
@@ -106,11 +110,12 @@ def routes(
     """
     _check_task(config, task)
     if limit is None:
-        limit = 0 if prompts else LIMIT
+        limit = 0 if prompts and html is None else LIMIT
     if not prompts and not limit:
         raise ConfigError("nothing to route: give --prompt, or --limit above 0")
     model, tokenizer = session.trained(config, adapter)
     results: dict[str, Any] = {}
+    shown = None
     traces = []
     if limit:
         traces.append(_task_trace(config, model, tokenizer, limit))
@@ -120,6 +125,7 @@ def routes(
         results["prompts"] = [
             {"tokens": strip.tokens, "experts": strip.experts} for strip in strips
         ]
+        shown = Prompts(trace, [strip.tokens for strip in strips])
         for strip in strips:
             session.out.print(strip, soft_wrap=True)
             session.out.print()
@@ -129,6 +135,11 @@ def routes(
     if png is not None:
         save_heatmap(traces[0], png)
         session.note(f"Wrote {png}")
+    if html is not None:
+        log = adapter.resolve().parent / LOG_NAME
+        title = f"Experts of {adapter}"
+        save_page(html, model, traces[0], title=title, log=log, prompts=shown)
+        session.note(f"Wrote {html}")
     if json is not None:
         session.write_json(json, {**report.to_dict(), **results})
 

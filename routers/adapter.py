@@ -10,7 +10,7 @@ Shape legend: see base.py; B rows, S positions.
 """
 
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pydantic
 import torch
@@ -53,6 +53,11 @@ class AdapterRouter(AbstractRouter):
 
     config: Config
 
+    def __init__(self, config: Config, **rest: Any):
+        super().__init__(config, **rest)
+        self.adapters = tuple(config.adapters)
+        self.known = frozenset([*self.adapters, self.BASE])
+
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> str | None:
         """See base class."""
@@ -76,19 +81,18 @@ class AdapterRouter(AbstractRouter):
         Raises:
             RoutingError: The name of a row is missing or unknown.
         """
-        adapters = tuple(self.config.adapters)
         rows = context.token_rows(x.shape, self.site)
-        if rows.tasks is None or not {self.BASE, *adapters}.issuperset(rows.tasks):
-            given = set(rows.tasks or ()) - {self.BASE, *adapters}
-            what = f"no adapter is called {sorted(given)}" if given else "none is named"
+        if rows.tasks is None or not self.known.issuperset(rows.tasks):
+            unknown = sorted(set(rows.tasks or ()) - self.known)
+            what = f"no adapter is called {unknown}" if unknown else "none is named"
             raise RoutingError(
                 f"site {self.site!r}: every row needs the name of its adapter, and "
                 f"{what}; run inside molora.tasks(model, [...]) with names of "
-                f"{[*adapters, self.BASE]}"
+                f"{[*self.adapters, self.BASE]}"
             )
         gates_TE = _one_hot(
             rows.tasks,
-            adapters,
+            self.adapters,
             x.shape[0] // rows.num_rows,
             torch.promote_types(x.dtype, torch.float32),
             x.device,

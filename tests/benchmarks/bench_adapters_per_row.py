@@ -200,6 +200,9 @@ def show(result: dict[str, Any], medians: dict[str, dict[str, float]]) -> None:
             limit = LIMITS[name]
             asked = "" if limit is None else f"at most {limit:.3f}"
             table.add_row(phase, name, *numbers, f"{ratio:.3f}", asked)
+        own, theirs = (times[side] - times["base"] for side in ("mixed", "peft"))
+        numbers = (f"{1000 * more:.1f}" for more in (theirs, own))
+        table.add_row(phase, "peft, both less base", *numbers, f"{own / theirs:.3f}")
     Console().print(table)
 
 

@@ -69,7 +69,10 @@ def prompts() -> tuple[list[Tensor], dict[str, Tensor]]:
 def test_a_mixed_batch_is_each_adapter_alone(
     tiny_llama: Factory, folders: list[Path]
 ) -> None:
-    ours: Any = molora.import_peft(tiny_llama(), folders, router=ROUTER).double()
+    ours: Any = molora.import_peft(
+        tiny_llama(), folders, router=ROUTER, train="router"
+    ).double()
+    assert not any(p.requires_grad for p in ours.parameters())
     theirs = alone(tiny_llama, folders)
     rows, batch = prompts()
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)

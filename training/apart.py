@@ -135,7 +135,7 @@ def supervised(batch: dict[str, Any], tasks: int) -> Tensor:
             "on a TaskMixture (build_mixture) whose tasks are the adapters, with "
             "molora.training.data.Collator"
         )
-    count_B = batch["labels"][:, 1:].ne(IGNORE).sum(1)
+    count_B: Tensor = batch["labels"][:, 1:].ne(IGNORE).sum(1)
     return count_B.new_zeros(tasks).index_add_(0, batch["task_ids"], count_B)
 
 

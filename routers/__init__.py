@@ -1,6 +1,7 @@
 """Routers and balance objectives."""
 
 from molora.routers.adamole import AdaMoLERouter as AdaMoLERouter
+from molora.routers.adapter import AdapterRouter as AdapterRouter
 from molora.routers.arrow import ArrowRouter as ArrowRouter
 from molora.routers.balance import OBJECTIVES as OBJECTIVES
 from molora.routers.base import ROUTERS as ROUTERS

@@ -56,6 +56,15 @@ def router_settings(kind: str, **given: Any) -> dict[str, Any]:
     return _settings(ROUTERS, kind, given)
 
 
+def takes(kind: str, settings: dict[str, Any]) -> bool:
+    """Whether a router of four experts can be given these settings."""
+    if kind == "none":
+        return False
+    cls = ROUTERS[kind]
+    config = cls.Config.from_dict(router_settings(kind, **settings))
+    return cls.check(config, 4) is None
+
+
 def objective_settings(kind: str, weight: float = 1.0) -> dict[str, Any]:
     """One entry of the balance block of a config."""
     return _settings(OBJECTIVES, kind, {"weight": weight})

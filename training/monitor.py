@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from molora.model import sites
 from molora.records import SiteStats
+from molora.routers import AdapterRouter
 from molora.training.arguments import MoloraTrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,12 @@ class RoutingMonitor:
             size += self.places[-1].size
         self.window: deque[tuple[int, Tensor]] = deque()
         self.collapsed: set[str] = set()
+        # where rows say what they use, nothing is chosen that could collapse
+        self.named = {
+            path
+            for path, site in sites(model).items()
+            if isinstance(site.router, AdapterRouter)
+        }
         self._runtime.stats = {} if self.places else None
 
     @property
@@ -183,7 +190,8 @@ class RoutingMonitor:
         found = {
             path: reason
             for path, use in self._uses(total_N).items()
-            if (reason := use.collapse(self.settings.collapse_weight))
+            if path not in self.named
+            and (reason := use.collapse(self.settings.collapse_weight))
         }
         new = [path for path in found if path not in self.collapsed]
         self.collapsed = set(found)

@@ -22,6 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 from molora.errors import TrainingError
 from molora.model import after_optimizer_step, prompts, tasks
 from molora.prompt import prompt_from_labels
+from molora.training.apart_mixin import ApartMixin
 from molora.training.arguments import MoloraTrainingSettings
 from molora.training.checkpointing import CheckpointingMixin
 from molora.training.checks import check_model, check_setup, datasets
@@ -34,7 +35,7 @@ from molora.training.sampling import Collator, MixtureSampler
 logger = logging.getLogger(__name__)
 
 
-class MoloraTrainerMixin(CheckpointingMixin):
+class MoloraTrainerMixin(ApartMixin, CheckpointingMixin):
     """Trains the adapter of a wrapped model.
 
     Beside what the trainer it stands before does:
@@ -47,6 +48,8 @@ class MoloraTrainerMixin(CheckpointingMixin):
       run saves a checkpoint and stops;
     - routing statistics go to the log, those of each site to ``routing_log.jsonl`` and
       TensorBoard, and a router that collapses is warned of;
+    - adapters that rows name (router.kind ``adapter``) are trained as if each were
+      trained by itself, see ``ApartMixin``;
     - checkpoints appear whole or not at all, hold no pickle, and are verified before
       they are resumed from. A resumed run equals one that never stopped, bit for bit.
 
@@ -88,6 +91,7 @@ class MoloraTrainerMixin(CheckpointingMixin):
         super().__init__(model, args, *rest, **kwargs)
         check_model(self.model, type(self), self.args)
         check_setup(self)
+        self.set_up_apart()
         self.args.logging_nan_inf_filter = False
         self.settings = settings or MoloraTrainingSettings()
         self.guard = StepGuard(self.settings.max_skipped_steps)
@@ -99,7 +103,8 @@ class MoloraTrainerMixin(CheckpointingMixin):
         self._last_read = 0
         self.add_callback(_Events(self))
 
-    def _task_names(self) -> Sequence[str] | None:
+    def task_names(self) -> Sequence[str] | None:
+        """Names of the tasks by id; None where no data set has any."""
         for dataset in datasets(self):
             if hasattr(dataset, "task_names"):
                 names: Sequence[str] = dataset.task_names
@@ -109,7 +114,7 @@ class MoloraTrainerMixin(CheckpointingMixin):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         # remove_unused_columns would drop what the collator reads
-        wanted = isinstance(self.data_collator, Collator) or self._task_names()
+        wanted = isinstance(self.data_collator, Collator) or self.task_names()
         columns: Any = self._signature_columns
         if wanted and "task_id" not in columns:
             columns.append("task_id")
@@ -162,8 +167,8 @@ class MoloraTrainerMixin(CheckpointingMixin):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of a batch, its forward under the tasks of its rows."""
-        task_ids = inputs.pop("task_ids", None)
-        names = self._task_names()
+        task_ids = self.row_tasks_B = inputs.pop("task_ids", None)
+        names = self.task_names()
         known: Any = contextlib.nullcontext()
         if task_ids is not None and names:
             known = tasks(self.model, [names[i] for i in task_ids.tolist()])
@@ -235,6 +240,8 @@ class MoloraTrainerMixin(CheckpointingMixin):
     def begin(self) -> None:
         """Set up what watches the run; called when transformers' loop begins."""
         check_model(self.model, type(self), self.args)
+        if self.apart is not None:
+            self.apart.check()
         # the errors of a collapse say nothing about what is trained from here on
         self.model.__dict__.pop("molora_report", None)
         self.monitor = RoutingMonitor(self.model, self.settings)

@@ -32,7 +32,8 @@ def export_peft_experts(model: nn.Module, folder: str | Path) -> list[Path]:
     """Write a mixture as one PEFT LoRA per expert and one file of the routers.
 
     PEFT loads each ``expert_<n>`` by itself; ``import_peft`` with ``router=folder``
-    puts the same mixture together again.
+    puts the same mixture together again. Layers where both factors of an expert are
+    zero, which the adapter it was imported from lacked, are left out.
 
     Args:
         model: A wrapped model with as many low-rank experts at every site.
@@ -43,8 +44,8 @@ def export_peft_experts(model: nn.Module, folder: str | Path) -> list[Path]:
 
     Raises:
         CheckpointError: The folder cannot be written.
-        WrapError: The model is not wrapped, sites have different numbers of experts, or
-            experts that are no product of two factors.
+        WrapError: The model is not wrapped, sites have different numbers of experts,
+            experts that are no product of two factors, or with nothing but zeros.
     """
     found = sites(model)
     counts = {site.experts.num_experts for site in found.values()}
@@ -95,14 +96,18 @@ def _write_expert(
             # without the padding, and not rounded to float32
             rank, scale = experts.ranks[expert], experts.config.scales()[expert]
         a_rI, b_rO = A[expert % len(A), :rank], Bt[expert % len(Bt), :rank]
+        if not (a_rI.any() or b_rO.any()):
+            continue
         key = f"base_model.model.{path}"
         tensors[f"{key}.lora_A.weight"] = a_rI.detach().cpu().contiguous().clone()
         tensors[f"{key}.lora_B.weight"] = b_rO.detach().t().cpu().contiguous().clone()
         ranks[path], alphas[path] = rank, scale * rank
+    if not ranks:
+        raise WrapError(f"expert {expert} is zero at every layer, so it is no adapter")
     usual_r = Counter(ranks.values()).most_common(1)[0][0]
     usual_alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = {
-        **peft_config(model, found, usual_r),
+        **peft_config(model, {path: found[path] for path in ranks}, usual_r),
         "lora_alpha": usual_alpha,
         "rank_pattern": {p: r for p, r in ranks.items() if r != usual_r},
         "alpha_pattern": {p: a for p, a in alphas.items() if a != usual_alpha},

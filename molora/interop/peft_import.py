@@ -47,7 +47,9 @@ def import_peft(
     """Wrap a base model with one expert per PEFT LoRA, in place.
 
     Read are ordinary LoRAs with their own ranks, alphas, rank and alpha patterns, with
-    or without rsLoRA. All must have the same target layers.
+    or without rsLoRA. All must have the same target layers, except where each row
+    names its adapter (router.kind ``adapter``): one that lacks a layer adds nothing
+    there, trained or not, as by itself.
 
     Args:
         base_model: The model that the adapters were trained on.
@@ -83,9 +85,11 @@ def import_peft(
         raise CheckpointError("import_peft: give at least one folder of a PEFT LoRA")
     loras = [read_lora(folder) for folder in folders]
     _check_bases(base_model, loras, allow_base_mismatch)
-    _check_targets(base_model, loras)
-    routers, weights = _routers(router, list(loras[0].factors))
-    experts = {p: _experts(loras, p, lora_dropout) for p in loras[0].factors}
+    paths = list(dict.fromkeys(path for lora in loras for path in lora.factors))
+    routers, weights = _routers(router, paths)
+    named = all(settings.get("kind") == "adapter" for settings in routers.values())
+    _check_targets(base_model, loras, named)
+    experts = {p: _experts(loras, p, lora_dropout) for p in paths}
     described = {p: {"experts": experts[p], "router": routers[p]} for p in experts}
     config = _config(base_model, described, train, balance)
     with contextlib.ExitStack() as undo:
@@ -112,15 +116,16 @@ def _check_bases(model: nn.Module, loras: list[PeftLora], allowed: bool) -> None
         )
 
 
-def _check_targets(model: nn.Module, loras: list[PeftLora]) -> None:
-    """Refuse adapters of different layers, or of layers that the model lacks."""
+def _check_targets(model: nn.Module, loras: list[PeftLora], named: bool) -> None:
+    """Refuse layers that the model lacks, and different ones unless rows name them."""
     first, modules = loras[0], dict(model.named_modules())
     for lora in loras:
         differing = sorted(lora.factors.keys() ^ first.factors.keys())
-        if differing:
+        if differing and not named:
             raise CheckpointError(
                 f"import_peft: {first.folder} and {lora.folder} have different target "
-                f"layers, for example {differing[0]!r} is in one of them only"
+                f"layers, for example {differing[0]!r} is in one of them only, which "
+                "goes only where each row names its adapter: router.kind adapter"
             )
         for path, (a_rI, b_Or) in lora.factors.items():
             module = modules.get(path)
@@ -135,8 +140,11 @@ def _check_targets(model: nn.Module, loras: list[PeftLora]) -> None:
 
 
 def _experts(loras: list[PeftLora], path: str, dropout: float) -> dict[str, Any]:
-    ranks = [lora.factors[path][0].shape[0] for lora in loras]
-    scales = [lora.scales[path] for lora in loras]
+    # an adapter that lacks the layer keeps a rank of zeros there
+    ranks = [
+        lora.factors[path][0].shape[0] if path in lora.factors else 1 for lora in loras
+    ]
+    scales = [lora.scales.get(path, 1.0) for lora in loras]
     return {
         "kind": "lora",
         "num_experts": len(loras),
@@ -207,6 +215,9 @@ def _fill(site: MoloraLinear, loras: list[PeftLora], path: str) -> None:
     experts = site.experts
     assert isinstance(experts, LoRAExperts)
     for e, lora in enumerate(loras):
+        if path not in lora.factors:
+            experts.A[e] = 0
+            continue
         a_rI, b_Or = lora.factors[path]
         experts.A[e, : a_rI.shape[0]] = a_rI
         experts.Bt[e, : a_rI.shape[0]] = b_Or.t()

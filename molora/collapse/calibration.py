@@ -28,11 +28,13 @@ class Batch:
         inputs: Keyword arguments of the model's forward.
         tasks: Task of each row.
         part_B: FIT, HELD or UNUSED for each row, int64.
+        labels: Labels of the rows, for methods that take the loss.
     """
 
     inputs: dict[str, Any]
     tasks: list[Task]
     part_B: Tensor
+    labels: Tensor | None = None
 
     @property
     def names(self) -> list[str] | None:
@@ -63,7 +65,7 @@ def read_calibration(
         DataError: No batches, a batch that is none, or fewer than two rows in use.
     """
     read = [_split(raw, i) for i, raw in enumerate(batches)]
-    tasks = [task for _, names in read for task in names]
+    tasks = [task for _, names, _ in read for task in names]
     used = [config.tasks is None or task in config.tasks for task in tasks]
     missing = set(config.tasks or ()) - set(tasks)
     if missing:
@@ -77,16 +79,18 @@ def read_calibration(
             "and one to hold out"
         )
     part_N = _divide(tasks, used, config.held_out)
-    parts = part_N.split([len(names) for _, names in read])
+    parts = part_N.split([len(names) for _, names, _ in read])
     made = [
-        Batch(inputs, names, part_B)
-        for (inputs, names), part_B in zip(read, parts, strict=True)
+        Batch(inputs, names, part_B, labels)
+        for (inputs, names, labels), part_B in zip(read, parts, strict=True)
     ]
     return [batch for batch in made if (batch.part_B != UNUSED).any()]
 
 
-def _split(raw: Mapping[str, Any], index: int) -> tuple[dict[str, Any], list[Task]]:
-    """Take a batch apart into the model's arguments and the tasks of the rows."""
+def _split(
+    raw: Mapping[str, Any], index: int
+) -> tuple[dict[str, Any], list[Task], Tensor | None]:
+    """Take a batch apart into the model's arguments, the rows' tasks and labels."""
     if not isinstance(raw, Mapping):
         raise DataError(
             f"calibration: batch {index} is a {type(raw).__name__}, expected a mapping "
@@ -103,9 +107,10 @@ def _split(raw: Mapping[str, Any], index: int) -> tuple[dict[str, Any], list[Tas
         raise DataError(
             f"calibration: batch {index} has {rows} rows and {len(tasks)} tasks"
         )
+    labels = inputs.get("labels")
     if "attention_mask" in inputs or "position_ids" in inputs:
         inputs.pop("labels", None)
-    return inputs, tasks
+    return inputs, tasks, labels
 
 
 def _tasks(given: Tensor | Sequence[Task] | None, rows: int) -> list[Task]:

@@ -10,6 +10,7 @@ Shape legend: see factors.py.
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,19 +87,30 @@ def plan(
     return groups
 
 
-def forward(model: nn.Module, batch: Batch) -> None:
-    """Run the model on a batch, with the names of its tasks if it has them."""
+def forward(model: nn.Module, batch: Batch, labels: Tensor | None = None) -> Any:
+    """Run the model on a batch, with the names of its tasks if it has them.
+
+    Args:
+        model: A wrapped model.
+        batch: Calibration rows.
+        labels: [B, S], where the loss is wanted.
+
+    Returns:
+        The model's output.
+    """
     device = next(model.parameters()).device
     inputs = {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.inputs.items()
     }
+    if labels is not None:
+        inputs["labels"] = labels.to(device)
     named = tasks(model, batch.names) if batch.names else contextlib.nullcontext()
     if _logits_are_unread(model) and "labels" not in inputs:
         # nobody looks at the logits, which cost as much as several layers
         inputs["logits_to_keep"] = 1
     with named:
-        model(**inputs)
+        return model(**inputs)
 
 
 def _logits_are_unread(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from molora.routers.domain import DomainLoss as DomainLoss
 from molora.routers.dynmole import DynMoLERouter as DynMoLERouter
 from molora.routers.entropy import EntropyObjective as EntropyObjective
 from molora.routers.importance import ImportanceBalance as ImportanceBalance
+from molora.routers.lambda_penalty import LambdaPenalty as LambdaPenalty
 from molora.routers.ldmole import LDMoLERouter as LDMoLERouter
 from molora.routers.localized import LocalizedBalance as LocalizedBalance
 from molora.routers.none import NoRouter as NoRouter

@@ -31,6 +31,8 @@ class Routing(NamedTuple):
     """Experts that a token uses at most, where the router selects (E where their number
     varies); None: it uses all. The gate of an expert that was not selected is zero and
     nothing reads its gradient."""
+    sparsity: Tensor | None = None
+    """[T] lambda of LD-MoLE, which sets how many experts a token uses; else None."""
 
     @property
     def probs(self) -> Tensor:
@@ -113,6 +115,8 @@ class AbstractRouter(nn.Module, abc.ABC):
     """Whether each token has a distribution over the experts, to balance."""
     ranks: ClassVar[bool] = False
     """Whether it takes a fixed number of experts by rank, and reads ``bias_E``."""
+    has_sparsity: ClassVar[bool] = False
+    """Whether it sets ``Routing.sparsity``."""
     needs_trained: ClassVar[bool] = False
     """Whether it can choose only among experts that were trained before."""
     capacity: float | None = None

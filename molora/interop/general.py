@@ -6,7 +6,7 @@
 ``delta`` is the difference of the updates, exactly. ``factors`` is what PEFT computes:
 its product holds cross terms, and is another update than the difference.
 
-Reference: Bagherifard et al. 2025 (GenKnowSub), arXiv:2505.10939.
+Reference: GenKnowSub, 2025, https://aclanthology.org/2025.acl-short.54
 Shape legend: E experts; G general adapters; I in features, O out features, r rank.
 """
 

@@ -20,15 +20,16 @@ import torch
 from torch import nn
 
 from molora.config import AdapterConfig
-from molora.errors import WrapError
+from molora.errors import ConfigError, WrapError
 from molora.freezing import set_trainable, split_newest, whole_parameters
 from molora.layer import MoloraLinear
 from molora.model import generator_of, sites
+from molora.routers import OBJECTIVES
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def grow(model: M, seed: int = 0) -> M:
+def grow(model: M, seed: int = 0, *, task: str | None = None) -> M:
     """Add an expert to every layer of a mixture and freeze the others, in place.
 
     The new expert's update is zero at first. Settings that list a value for each expert
@@ -38,12 +39,16 @@ def grow(model: M, seed: int = 0) -> M:
     Args:
         model: A wrapped model with topk routers that renormalize.
         seed: Seed of the new expert's initial values.
+        task: Task of the new expert, where a balance objective names one for each
+            (``domain``); its row then learns from all tasks which tokens are its own.
 
     Returns:
         The same object. Its config says ``train: newest``; ``save_pretrained`` and
         ``molora.load`` know about it.
 
     Raises:
+        ConfigError: A balance objective needs the task, none reads it, or one means
+            nothing with an expert more.
         WrapError: The model is not wrapped, is merged, or has a layer without a router,
             or with one whose gates depend on experts that were not chosen. It is left
             as it was.
@@ -51,10 +56,11 @@ def grow(model: M, seed: int = 0) -> M:
     found = sites(model)
     for site in found.values():
         _check(site)
-    config = _grown_config(model.molora_config)  # type: ignore[arg-type]
+    config = _grown_config(model.molora_config, task)  # type: ignore[arg-type]
     grown = {path: _grown(site, config, seed) for path, site in found.items()}
     for path, site in found.items():
         site.experts, site.router = grown[path].experts, grown[path].router
+        site.objectives = grown[path].objectives
         set_trainable(site, "newest")
     model.__dict__["molora_config"] = config
     model.__dict__.pop("molora_report", None)
@@ -89,7 +95,7 @@ def _check(site: MoloraLinear) -> None:
         )
 
 
-def _grown_config(config: AdapterConfig) -> AdapterConfig:
+def _grown_config(config: AdapterConfig, task: str | None) -> AdapterConfig:
     """The same settings with one expert more in every layer."""
     raw = config.to_dict()
     if raw["layout"] is None:
@@ -98,6 +104,13 @@ def _grown_config(config: AdapterConfig) -> AdapterConfig:
         raw["layout"]["counts"] = [count + 1 for count in raw["layout"]["counts"]]
     for override in raw["overrides"]:
         override["experts"] = _one_more(override["experts"])
+    before = raw["balance"]
+    raw["balance"] = [OBJECTIVES[o["kind"]].grown(o, task) for o in before]
+    if task is not None and raw["balance"] == before:
+        raise ConfigError(
+            f"grow: task={task!r} is read by the balance objective 'domain' alone, "
+            "which this mixture has not; drop it"
+        )
     return AdapterConfig.from_dict({**raw, "train": "newest"})
 
 
@@ -120,7 +133,12 @@ def _grown(site: MoloraLinear, config: AdapterConfig, seed: int) -> MoloraLinear
         config.site(site.path),
         path=site.path,
         runtime=site.runtime,
-        objectives=site.objectives,
+        objectives=[
+            (type(objective)(settings), weight)
+            for (objective, weight), settings in zip(
+                site.objectives, config.balance, strict=True
+            )
+        ],
         generator=generator_of(seed, site.path),
         leader=site.leader,
     )

@@ -6,9 +6,11 @@ from molora.routers.arrow import ArrowRouter as ArrowRouter
 from molora.routers.balance import OBJECTIVES as OBJECTIVES
 from molora.routers.base import ROUTERS as ROUTERS
 from molora.routers.base import Routing as Routing
+from molora.routers.domain import DomainLoss as DomainLoss
 from molora.routers.dynmole import DynMoLERouter as DynMoLERouter
 from molora.routers.entropy import EntropyObjective as EntropyObjective
 from molora.routers.importance import ImportanceBalance as ImportanceBalance
+from molora.routers.lambda_penalty import LambdaPenalty as LambdaPenalty
 from molora.routers.ldmole import LDMoLERouter as LDMoLERouter
 from molora.routers.localized import LocalizedBalance as LocalizedBalance
 from molora.routers.none import NoRouter as NoRouter

@@ -33,7 +33,7 @@ class ArrowRouter(AbstractRouter):
     15 steps of power iteration; they are found anew in every forward in training, and
     in evaluation when the factors change through autograd's in-place operations or
     ``train()`` is called. Experts that are still zero score 0. General knowledge
-    subtraction is not part of it.
+    is subtracted by ``molora.import_peft`` (general).
     """
 
     has_probs = False

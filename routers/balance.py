@@ -10,7 +10,7 @@ Shape legend
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pydantic
@@ -59,6 +59,19 @@ class Objective(abc.ABC):
     def check_tasks(cls, config: ObjectiveConfig, names: Sequence[str]) -> str | None:
         """Say why this config means nothing with the tasks of a run, or return None."""
         return None
+
+    @classmethod
+    def grown(cls, raw: Mapping[str, Any], task: str | None) -> dict[str, Any]:
+        """Settings of the same objective with one expert more.
+
+        Args:
+            raw: Its settings.
+            task: Task of the new expert, for objectives that name one for each.
+
+        Raises:
+            ConfigError: It needs the task.
+        """
+        return dict(raw)
 
     def __init__(self, config: ObjectiveConfig):
         self.config = config

@@ -31,6 +31,8 @@ class Routing(NamedTuple):
     """Experts that a token uses at most, where the router selects (E where their number
     varies); None: it uses all. The gate of an expert that was not selected is zero and
     nothing reads its gradient."""
+    sparsity: Tensor | None = None
+    """[T] lambda of LD-MoLE, which sets how many experts a token uses; else None."""
 
     @property
     def probs(self) -> Tensor:
@@ -62,13 +64,13 @@ class Routing(NamedTuple):
 
     def per_token(self, repeats: int) -> "Routing":
         """The routing of rows as that of their tokens, equally many each."""
-
-        def spread(rows: Tensor) -> Tensor:
-            return rows.repeat_interleave(repeats, 0)
-
-        full = None if self.full is None else spread(self.full)
-        gates, logits = spread(self.gates), spread(self.logits)
-        return Routing(gates, full, logits, self.top_k)
+        rows = self._asdict()
+        spread = {
+            name: values.repeat_interleave(repeats, 0)
+            for name, values in rows.items()
+            if isinstance(values, Tensor)
+        }
+        return self._replace(**spread)
 
 
 class RouterConfig(Schema):
@@ -148,6 +150,8 @@ class AbstractRouter(nn.Module, abc.ABC):
     """Whether each token has a distribution over the experts, to balance."""
     ranks: ClassVar[bool] = False
     """Whether it takes a fixed number of experts by rank, and reads ``bias_E``."""
+    has_sparsity: ClassVar[bool] = False
+    """Whether it sets ``Routing.sparsity``."""
     needs_trained: ClassVar[bool] = False
     """Whether it can choose only among experts that were trained before."""
     own_site: ClassVar[bool] = False

@@ -37,8 +37,8 @@ class LDMoLERouter(LinearGateRouter):
 
     Limitations: each site has its own network for lambda, where the authors share one
     among all sites of one input width. It is trained, which the authors' script leaves
-    out, and reads the input without dropout. Balance objectives read the gates. The
-    paper's penalty on lambda is not among the objectives.
+    out, and reads the input without dropout. Balance objectives read the gates; the
+    paper's penalty on lambda is the objective ``lambda``.
 
     Args:
         config: Settings.
@@ -55,6 +55,7 @@ class LDMoLERouter(LinearGateRouter):
         """Hidden width of the network for lambda."""
 
     config: Config
+    has_sparsity = True
 
     def __init__(
         self,
@@ -87,7 +88,13 @@ class LDMoLERouter(LinearGateRouter):
         gates_TE = full_TE = sparsegen(seen_TE, lambda_T1)
         if seen_TE is not logits_TE:
             full_TE = sparsegen(logits_TE, lambda_T1)
-        return Routing(gates_TE, full_TE, logits_TE, top_k=logits_TE.shape[-1])
+        return Routing(
+            gates_TE,
+            full_TE,
+            logits_TE,
+            top_k=logits_TE.shape[-1],
+            sparsity=lambda_T1.squeeze(-1),
+        )
 
     def sparsity(self, x: Tensor) -> Tensor:
         """Lambda of each token, [T, 1] in at least float32, below 0.99."""

@@ -180,6 +180,7 @@ class _Run:
     outcomes: dict[str, _Outcome] = field(default_factory=dict)
     passes: int = 0
     tokens: tuple[int, int] | None = None
+    prepared: dict[str, Any] = field(default_factory=dict)
 
     def without_data(self) -> None:
         """Solve every site with even gates."""
@@ -196,6 +197,9 @@ class _Run:
         groups = plan(self.factors, leaders, parts, budget)
         self.passes = len(groups)
         with self.progress as bar:
+            self.prepared = self.collapser.prepare(
+                self.model, self.factors, batches, bar
+            )
             read = bar.add_task("calibration batches", total=len(groups) * len(batches))
             solved = bar.add_task("sites", total=len(self.factors))
             for group in groups:
@@ -280,6 +284,7 @@ def _report(
         worst_error=errors[worst] if worst else None,
         worst_site=worst,
         losses={t: {"before": before[t], "after": after[t]} for t in before},
+        prepared=run.prepared,
         exact=_exact(run),
         notes=_notes(run),
     )
@@ -298,14 +303,10 @@ def _full_rank(site: SiteFactors) -> int:
 
 
 def _notes(run: _Run) -> list[str]:
-    notes = []
     if run.tokens:
-        notes.append(
-            "The error is that of a fit to the other rows, on the held-out rows; the "
-            "model has the fit to all rows."
-        )
+        notes = [run.collapser.note]
     else:
-        notes.append("No calibration data: mean gates are even, no error is measured.")
+        notes = ["No calibration data: mean gates are even, no error is measured."]
     if any(site.num_experts > 1 for site in run.factors.values()):
         notes.append("A mixture that routes by token has no static equal.")
     return notes

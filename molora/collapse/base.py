@@ -1,19 +1,24 @@
 """What a collapse method must provide.
 
 A method turns the experts of one site into one static update. It sees the stacked
-factors and, when calibration data is given, sums over its tokens (see moments.py); it
-never sees the model.
+factors and, when calibration data is given, sums over its tokens (see moments.py). The
+model itself is seen by ``prepare`` alone, for what is one for all sites.
 """
 
 import abc
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
+from rich.progress import Progress
+from torch import nn
 
 from molora.collapse.factors import LowRank, SiteFactors
 from molora.collapse.moments import Evidence
 from molora.registry import Registry
 from molora.schema import Schema
+
+if TYPE_CHECKING:
+    from molora.collapse.calibration import Batch
 
 
 class CollapseConfig(Schema):
@@ -39,6 +44,11 @@ class Collapser(abc.ABC):
     """Whether ``solve`` reads second moments of the tokens it may learn from."""
     reduces_rank: ClassVar[bool] = False
     """Whether the method means something where every site has one expert already."""
+    note: ClassVar[str] = (
+        "The error is that of a fit to the other rows, on the held-out rows; the "
+        "model has the fit to all rows."
+    )
+    """How to read the errors, for the report."""
 
     def __init__(self, config: CollapseConfig):
         self.config = config
@@ -54,6 +64,30 @@ class Collapser(abc.ABC):
             ConfigError: Names the setting and the site.
         """
         return None
+
+    def prepare(
+        self,
+        model: nn.Module,
+        factors: dict[str, SiteFactors],
+        batches: list["Batch"],
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Learn what is one for all sites, before any is solved.
+
+        Args:
+            model: The uncollapsed model, in eval mode; it must be the same afterwards.
+            factors: The experts of every site.
+            batches: Calibration rows.
+            progress: Running bar to add a task to.
+
+        Returns:
+            JSON-ready details for the report.
+
+        Raises:
+            ConfigError: Settings that do not fit the model, or a missing library.
+            DataError: Rows that the method cannot use.
+        """
+        return {}
 
     def tune(
         self, factors: SiteFactors, fit: Evidence, held: Evidence

@@ -14,7 +14,6 @@ from torch import Tensor
 from molora.collapse.base import CollapseConfig
 from molora.collapse.moments import Task
 from molora.errors import DataError
-from molora.prompt import prompt_from_labels
 
 FIT, HELD = 0, 1
 """Parts of the calibration rows: to learn from, and to measure the error on."""
@@ -29,13 +28,13 @@ class Batch:
         inputs: Keyword arguments of the model's forward.
         tasks: Task of each row.
         part_B: FIT, HELD or UNUSED for each row, int64.
-        prompt_BS: Tokens of the prompt, where labels tell them.
+        labels: Labels of the rows: they tell the prompt, and the loss to some methods.
     """
 
     inputs: dict[str, Any]
     tasks: list[Task]
     part_B: Tensor
-    prompt_BS: Tensor | None
+    labels: Tensor | None = None
 
     @property
     def names(self) -> list[str] | None:
@@ -82,8 +81,8 @@ def read_calibration(
     part_N = _divide(tasks, used, config.held_out)
     parts = part_N.split([len(names) for _, names, _ in read])
     made = [
-        Batch(inputs, names, part_B, prompt_BS)
-        for (inputs, names, prompt_BS), part_B in zip(read, parts, strict=True)
+        Batch(inputs, names, part_B, labels)
+        for (inputs, names, labels), part_B in zip(read, parts, strict=True)
     ]
     return [batch for batch in made if (batch.part_B != UNUSED).any()]
 
@@ -91,7 +90,7 @@ def read_calibration(
 def _split(
     raw: Mapping[str, Any], index: int
 ) -> tuple[dict[str, Any], list[Task], Tensor | None]:
-    """Take a batch apart: arguments of the model, tasks of the rows, their prompts."""
+    """Take a batch apart into the model's arguments, the rows' tasks and labels."""
     if not isinstance(raw, Mapping):
         raise DataError(
             f"calibration: batch {index} is a {type(raw).__name__}, expected a mapping "
@@ -109,10 +108,9 @@ def _split(
             f"calibration: batch {index} has {rows} rows and {len(tasks)} tasks"
         )
     labels = inputs.get("labels")
-    prompt_BS = prompt_from_labels(labels) if isinstance(labels, Tensor) else None
     if "attention_mask" in inputs or "position_ids" in inputs:
         inputs.pop("labels", None)
-    return inputs, tasks, prompt_BS
+    return inputs, tasks, labels
 
 
 def _tasks(given: Tensor | Sequence[Task] | None, rows: int) -> list[Task]:

@@ -99,7 +99,7 @@ class SiteFactors:
                 torch.tensor(ranks, device=device)
             ),
             fold_R=fold_R,
-            scale_E=torch.tensor(experts.scales(), device=device).double(),
+            scale_E=torch.tensor(experts.scales(), dtype=torch.float64, device=device),
             even_E=_even_gates(site, A),
             shared_A=A.shape[0] < count,
         )

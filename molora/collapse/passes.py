@@ -10,6 +10,7 @@ Shape legend: see factors.py.
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from molora.collapse.factors import SiteFactors
 from molora.errors import ConfigError
 from molora.layer import MoloraLinear
 from molora.model import prompts, sites, tasks
+from molora.prompt import prompt_from_labels
 
 
 def shared_inputs(model: nn.Module, batch: Batch) -> dict[str, str]:
@@ -86,22 +88,33 @@ def plan(
     return groups
 
 
-def forward(model: nn.Module, batch: Batch) -> None:
-    """Run the model on a batch, with the names of its tasks if it has them."""
+def forward(model: nn.Module, batch: Batch, labels: Tensor | None = None) -> Any:
+    """Run the model on a batch, with the names of its tasks if it has them.
+
+    Args:
+        model: A wrapped model.
+        batch: Calibration rows.
+        labels: [B, S], where the loss is wanted.
+
+    Returns:
+        The model's output.
+    """
     device = next(model.parameters()).device
     inputs = {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.inputs.items()
     }
-    if _logits_are_unread(model) and "labels" not in inputs:
+    if _logits_are_unread(model) and "labels" not in inputs and labels is None:
         # nobody looks at the logits, which cost as much as several layers
         inputs["logits_to_keep"] = 1
+    if labels is not None:
+        inputs["labels"] = labels.to(device)
     with contextlib.ExitStack() as stack:
         if batch.names:
             stack.enter_context(tasks(model, batch.names))
-        if batch.prompt_BS is not None:
-            stack.enter_context(prompts(model, batch.prompt_BS))
-        model(**inputs)
+        if batch.labels is not None:
+            stack.enter_context(prompts(model, prompt_from_labels(batch.labels)))
+        return model(**inputs)
 
 
 def _logits_are_unread(model: nn.Module) -> bool:

@@ -59,6 +59,8 @@ class CollapseReport(Schema):
     """Where it is."""
     losses: dict[str, dict[Literal["before", "after"], float]] = {}
     """What ``evaluate`` returned, by task, before and after the collapse."""
+    prepared: dict[str, Any] = {}
+    """What the method learned for all sites together, and what that was worth."""
     exact: bool
     """Proven equal up to rounding: every site had one expert and kept its rank."""
     notes: list[str]

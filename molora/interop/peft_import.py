@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from molora.config import AdapterConfig
 from molora.errors import CheckpointError, ConfigError
 from molora.experts import LoRAExperts
 from molora.freezing import Train
+from molora.interop.general import Subtract, subtract_general
 from molora.interop.peft_experts import ROUTER, router_values
 from molora.interop.peft_folder import PeftLora, read_lora
 from molora.layer import SUPPORTED, MoloraLinear, sizes
@@ -43,6 +44,8 @@ def import_peft(
     lora_dropout: float = 0.0,
     seed: int = 0,
     allow_base_mismatch: bool = False,
+    general: Sequence[str | Path] = (),
+    general_form: Subtract = "delta",
 ) -> M:
     """Wrap a base model with one expert per PEFT LoRA, in place.
 
@@ -64,6 +67,10 @@ def import_peft(
         lora_dropout: Dropout in training; those of the adapters are not taken over.
         seed: Seed of the routers' initial weights.
         allow_base_mismatch: Accept adapters that name another base.
+        general: Folders of LoRAs whose mean is taken from every expert (GenKnowSub),
+            for routers such as arrow that tell experts apart by what they change.
+        general_form: ``delta`` takes the updates, exactly, and adds the general ranks
+            to those of every expert; ``factors`` takes A and B apart, as PEFT does.
 
     Returns:
         The same object.
@@ -83,12 +90,19 @@ def import_peft(
     check_wrappable(base_model)
     if not folders:
         raise CheckpointError("import_peft: give at least one folder of a PEFT LoRA")
+    if general_form not in get_args(Subtract):
+        raise ConfigError(f"general_form: {general_form!r} is none of delta, factors")
     loras = [read_lora(folder) for folder in folders]
-    _check_bases(base_model, loras, allow_base_mismatch)
+    known = [read_lora(folder) for folder in general]
+    _check_bases(base_model, [*loras, *known], allow_base_mismatch)
     paths = list(dict.fromkeys(path for lora in loras for path in lora.factors))
     routers, weights = _routers(router, paths)
     named = all(settings.get("kind") == "adapter" for settings in routers.values())
-    _check_targets(base_model, loras, named)
+    _check_targets(base_model, [*loras, *known], named and not known)
+    if known:
+        loras = [subtract_general(lora, known, general_form) for lora in loras]
+    elif general_form != "delta":
+        raise ConfigError("general_form is read with general=[folders] only; drop it")
     experts = {p: _experts(loras, p, lora_dropout) for p in paths}
     described = {p: {"experts": experts[p], "router": routers[p]} for p in experts}
     config = _config(base_model, described, train, balance)

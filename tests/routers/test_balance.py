@@ -83,7 +83,8 @@ def test_no_real_token_gives_zero_with_a_graph(kind: str, T: int) -> None:
     z = torch.randn(T, 3, generator=torch.Generator().manual_seed(0))
     z.requires_grad_()
     p = torch.softmax(z, -1)
-    made = Routing(p, p, z, None)
+    # the first logit stands in for lambda
+    made = Routing(p, p, z, None, z[:, 0])
     masks = [torch.zeros(T, dtype=torch.bool)] + ([None] if T == 0 else [])
     for mask in masks:
         value = value_of(objective(kind), made, mask)
@@ -111,7 +112,7 @@ def test_padding_has_no_gradient_and_no_weight(kind: str) -> None:
 def routing_of(z: Tensor) -> Routing:
     p = torch.softmax(z, -1)
     gates = p * torch.zeros_like(p).scatter(-1, p.topk(2).indices, 1.0)
-    return Routing(gates, p, z, 2)
+    return Routing(gates, p, z, 2, z[:, 0])
 
 
 def test_attach_is_an_identity_that_adds_the_gradient() -> None:

@@ -36,7 +36,8 @@ class Options(NamedTuple):
     backend: str
     top_k: int | None = None
     dropout: float = 0.0
-    seed: int = 0
+    seed: Any = 0
+    """A number, or a scalar tensor under ``torch.compile``."""
 
 
 def run(
@@ -51,7 +52,10 @@ def run(
     """Compute with one backend, differentiably where gradients are enabled."""
     if torch.compiler.is_compiling():
         flat, scale_E = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
-        args = (flat, scale_E, *options)
+        seed = options.seed if options.dropout else None
+        if isinstance(seed, int):
+            seed = torch.full((), seed)
+        args = (flat, scale_E, *options[:3], seed)
         return lowrank_mixture_op(x, base, A, Bt, gates, *args)[0]  # type: ignore[no-any-return]
     if torch.is_grad_enabled():
         y: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]
@@ -211,12 +215,13 @@ def lowrank_mixture_op(
     backend: str,
     top_k: int | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Result and z; see ``molora.kernels.lowrank_mixture``."""
     path = BACKENDS[backend].load()
     factor = scale if scale_E is None else scale_E
-    return path.forward(x, base, A, Bt, gates, factor, top_k, dropout, seed)
+    number = 0 if seed is None else int(seed)
+    return path.forward(x, base, A, Bt, gates, factor, top_k, dropout, number)
 
 
 @lowrank_mixture_op.register_fake
@@ -231,7 +236,7 @@ def _(
     backend: str,
     top_k: int | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     ranks = A.shape[0] * A.shape[1]
     y = (x if base is None else base).new_empty(x.shape[0], Bt.shape[2])
@@ -252,13 +257,14 @@ def lowrank_mixture_backward_op(
     backend: str,
     top_k: int | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, A, Bt and the gates; an empty tensor where not needed."""
     path = BACKENDS[backend].load()
     factor = scale if scale_E is None else scale_E
-    options = (top_k, dropout, seed, Needs(*needs))
+    number = 0 if seed is None else int(seed)
+    options = (top_k, dropout, number, Needs(*needs))
     grads = path.backward(dy, x, z, A, Bt, gates, factor, *options)
     # an operator returns no None, and nothing that is a view of its inputs
     made = [dy.new_empty(0) if g is None else g.contiguous() for g in grads]
@@ -278,7 +284,7 @@ def _(
     backend: str,
     top_k: int | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = (x, A, Bt, gates)
@@ -292,17 +298,17 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, A, Bt, gates, scale, scale_E, *options = inputs
+    x, _, A, Bt, gates, scale, scale_E, *options, seed = inputs
     ctx.scale, ctx.options = scale, options
-    ctx.save_for_backward(x, output[1], A, Bt, gates, scale_E)
+    ctx.save_for_backward(x, output[1], A, Bt, gates, scale_E, seed)
 
 
 def _backward(ctx: Any, dy: Tensor, dz: Tensor) -> tuple[Any, ...]:
-    x, z, A, Bt, gates, scale_E = ctx.saved_tensors
+    x, z, A, Bt, gates, scale_E, seed = ctx.saved_tensors
     need = ctx.needs_input_grad
     needs = [need[0], need[2], need[3], need[4]]
     grads = lowrank_mixture_backward_op(
-        dy, x, z, A, Bt, gates, ctx.scale, scale_E, *ctx.options, needs
+        dy, x, z, A, Bt, gates, ctx.scale, scale_E, *ctx.options, seed, needs
     )
     dx, dA, dBt, dgates = (
         g if needed else None for g, needed in zip(grads, needs, strict=True)

@@ -38,7 +38,7 @@ def lowrank_mixture(
     *,
     top_k: int | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> Tensor:
     """Routed low-rank update: y[t] = base[t] + sum_e gates[t,e] scale[e] B_e A_e x[t].
 
@@ -60,7 +60,8 @@ def lowrank_mixture(
             None promises nothing.
         dropout: Probability to zero a value of x, in the update only; one mask for all
             experts, drawn from ``seed`` and drawn again in backward.
-        seed: Seed of the mask. A backend on another device draws another mask.
+        seed: Seed of the mask, a number or a scalar int64 tensor on the CPU. A backend
+            on another device draws another mask.
 
     Returns:
         [T, O] in the dtype of ``base`` (of ``x`` without base); float64 from
@@ -73,6 +74,8 @@ def lowrank_mixture(
     if not 0 <= dropout < 1:
         raise ConfigError(f"lowrank_mixture: dropout={dropout} is not in [0, 1)")
     dropout = float(dropout)
+    if isinstance(seed, Tensor) and not torch.compiler.is_compiling():
+        seed = int(seed)
     if not isinstance(scale, Tensor):
         scale = float(scale)
     # like every op under autocast, leave float64 alone

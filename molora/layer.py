@@ -151,8 +151,7 @@ class MoloraLinear(nn.Module):
                 if self.training:
                     # objectives see what tokens asked for, overflow included
                     y_TO = self._balance(y_TO, wanted, context, x.shape, values)
-                # a recomputation in backward repeats a forward that is on record
-                if not in_backward():
+                if runtime.trace is not None or runtime.stats is not None:
                     self._record(routing, context, x.shape, values)
         return y_TO.view(shape)
 
@@ -193,6 +192,7 @@ class MoloraLinear(nn.Module):
                 y_TO = attach(y_TO, value, weight, self.runtime)
         return y_TO
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _count(self, routing: Routing, weight_T: Tensor | None) -> None:
         """Add a forward to the load that moves the bias."""
@@ -202,6 +202,7 @@ class MoloraLinear(nn.Module):
             load_E, before_E = routing.load(weight_T), self.router.load_E
             self.router.load_E = load_E if before_E is None else before_E + load_E
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _record(
         self,
         routing: Routing,
@@ -210,6 +211,9 @@ class MoloraLinear(nn.Module):
         values: dict[str, Tensor],
     ) -> None:
         """Add to the trace and to the running sums, where somebody reads them."""
+        # a recomputation in backward repeats a forward that is on record
+        if in_backward():
+            return
         weight_T = context.token_weights(shape, self.path)
         runtime = self.runtime
         if runtime.trace is not None:

@@ -34,19 +34,27 @@ SCALE_E = torch.tensor([0.5, 1.0, 2.0])
 def test_opcheck(
     T: int, shared: str, scale_E: Tensor | None, dtype: torch.dtype
 ) -> None:
-    args = (*arguments(T, dtype=dtype, shared=shared), 0.7, scale_E, "torch", 2, 0.0, 0)
+    args = (
+        *arguments(T, dtype=dtype, shared=shared),
+        0.7,
+        scale_E,
+        "torch",
+        2,
+        0.0,
+        None,
+    )
     torch.library.opcheck(lowrank_mixture_op, args)
 
 
 def test_opcheck_of_one_expert_and_of_the_backward() -> None:
     x, base, A, Bt, gates = arguments(E=1)
-    args: tuple[Any, ...] = (x, None, A, Bt, None, 0.7, None, "torch", None, 0.0, 0)
+    args: tuple[Any, ...] = (x, None, A, Bt, None, 0.7, None, "torch", None, 0.0, None)
     torch.library.opcheck(lowrank_mixture_op, args)
     dy = torch.randn(6, 12)
     z = torch.randn(6, 4)
     for needs in ([True] * 4, [True, False, False, False], [False] * 4):
         detached = (t.detach() for t in (x, z, A, Bt, gates))
-        rest = (0.7, None, "torch", None, 0.0, 0, needs)
+        rest = (0.7, None, "torch", None, 0.0, None, needs)
         torch.library.opcheck(lowrank_mixture_backward_op, (dy, *detached, *rest))
 
 

@@ -114,7 +114,8 @@ def test_a_graph_draws_another_mask_each_time(tiny_llama: Factory) -> None:
 def test_what_is_counted_is_counted_once(reentrant: bool, tiny_llama: Factory) -> None:
     """Records are kept outside the graph, which breaks there."""
     balance = [{"kind": "bias", "weight": 0.1}, {"kind": "switch", "weight": 0.5}]
-    model = wrapped(tiny_llama, balance=balance).train()
+    more: dict[str, Any] = {"balance": balance, "target_modules": ["down_proj"]}
+    model = wrapped(tiny_llama, **more).train()
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     seen = []
     for function in (model, compiled(model, fullgraph=False)):

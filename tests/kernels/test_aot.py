@@ -9,7 +9,17 @@ import pytest
 
 from molora.errors import ConfigError
 from molora.kernels import report
-from molora.kernels.configs import ARCHES, KERNELS, Config, entries, pick, table_of
+from molora.kernels.aot import call, recorded
+from molora.kernels.configs import (
+    ARCHES,
+    KERNELS,
+    VARIANTS,
+    Config,
+    entries,
+    pick,
+    table_of,
+    variants,
+)
 from molora.kernels.machine_code import TARGETS, Numbers, faults
 
 TABLE = Path(__file__).with_name("aot_table.json")
@@ -45,8 +55,26 @@ def test_table_has_every_configuration_that_is_shipped(
 def test_every_configuration_fits_its_device(table: dict[str, Numbers]) -> None:
     for row in report.rows():
         numbers = table[row.key]
-        reasons = faults(row.kernel, row.arch, row.itemsize, row.config, numbers)
+        what = (row.kernel, row.arch, row.itemsize, row.config, numbers, row.variant)
+        reasons = faults(*what)
         assert not reasons, row.key
+
+
+def test_a_variant_is_compiled_with_its_setting_on() -> None:
+    counted = 0
+    for row in variants():
+        if row.arch != "sm_90":
+            continue
+        with recorded(row.arch, None) as made:
+            call(row.kernel, row.rank, variant=row.variant)
+        names = {"dropout": ("DROP",)}.get(row.variant, ("SHARED",))
+        mine = [one.arguments for one in made if one.name == row.kernel]
+        letter = row.variant[-1]
+        on = [a for a in mine for n in names if a.get(n) or a.get(f"{letter}_{n}")]
+        assert on, row.key
+        counted += 1
+    # every constant of a kernel that switches code on is covered by a variant
+    assert counted == sum(len(kernels) for kernels in VARIANTS.values()) == 17
 
 
 def test_pick_gives_nothing_that_was_not_compiled() -> None:
@@ -89,6 +117,8 @@ def test_what_is_unfit(change: dict[str, int | str], reason: str) -> None:
     bad = GOOD._replace(**change)  # type: ignore[arg-type]
     found = faults("shrink_gate", "sm_90", 2, CONFIG, bad)
     assert any(reason in one for one in found)
+    few = faults("shrink_gate", "sm_90", 2, CONFIG, bad, "shared A")
+    assert (few == []) == (reason in ("4 bytes", "2 bytes"))
 
 
 def test_differences_name_row_and_number() -> None:

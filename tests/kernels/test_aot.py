@@ -1,5 +1,6 @@
 """The kernels compiled for devices that are not here, against a committed table."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -8,8 +9,13 @@ from pathlib import Path
 import pytest
 
 from molora.errors import ConfigError
-from molora.kernels import report
-from molora.kernels.aot import call, recorded
+from molora.kernels import (
+    report,
+    triton_dense_backward,
+    triton_dense_forward,
+    triton_gather,
+    triton_grouped_kernels,
+)
 from molora.kernels.configs import (
     ARCHES,
     KERNELS,
@@ -60,21 +66,25 @@ def test_every_configuration_fits_its_device(table: dict[str, Numbers]) -> None:
         assert not reasons, row.key
 
 
-def test_a_variant_is_compiled_with_its_setting_on() -> None:
-    counted = 0
-    for row in variants():
-        if row.arch != "sm_90":
-            continue
-        with recorded(row.arch, None) as made:
-            call(row.kernel, row.rank, variant=row.variant)
-        names = {"dropout": ("DROP",)}.get(row.variant, ("SHARED",))
-        mine = [one.arguments for one in made if one.name == row.kernel]
-        letter = row.variant[-1]
-        on = [a for a in mine for n in names if a.get(n) or a.get(f"{letter}_{n}")]
-        assert on, row.key
-        counted += 1
-    # every constant of a kernel that switches code on is covered by a variant
-    assert counted == sum(len(kernels) for kernels in VARIANTS.values()) == 17
+def test_every_setting_that_changes_a_kernel_has_its_variants() -> None:
+    modules = (
+        triton_dense_forward,
+        triton_dense_backward,
+        triton_gather,
+        triton_grouped_kernels,
+    )
+    shared, dropped = set(), set()
+    for kernel in KERNELS:
+        (made,) = [getattr(m, kernel) for m in modules if hasattr(m, kernel)]
+        names = inspect.signature(made.fn).parameters
+        if "DROP" in names:
+            dropped.add(kernel)
+        if {"SHARED", "A_SHARED", "B_SHARED"} & names.keys():
+            shared.add(kernel)
+    assert dropped == set(VARIANTS["dropout"]) and len(dropped) == 7
+    assert shared == {*VARIANTS["shared A"], *VARIANTS["shared B"]}
+    keys = {row.key for row in variants()}
+    assert len(keys) == 4 * sum(len(kernels) for kernels in VARIANTS.values()) == 68
 
 
 def test_pick_gives_nothing_that_was_not_compiled() -> None:

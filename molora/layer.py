@@ -157,13 +157,15 @@ class MoloraLinear(nn.Module):
 
     def _base(self, x: Tensor, x_TI: Tensor, gates: Tensor | None) -> Tensor | Layer:
         """Output of the frozen layer as [T, O], or that layer where experts call it."""
-        frozen = not any(p.requires_grad for p in self.base.parameters())
-        around = frozen and self.experts.takes_layer and x.requires_grad
-        if around and torch.is_grad_enabled():
+        differentiable = x.requires_grad and torch.is_grad_enabled()
+        if differentiable and self.experts.takes_layer and self._is_frozen():
             return functools.partial(self._frozen, x.shape)
         edited_TI = self.experts.edit_input(x_TI, gates)
         y: Tensor = self.base(x if edited_TI is x_TI else edited_TI.view(x.shape))
         return y.reshape(-1, self.out_features)
+
+    def _is_frozen(self) -> bool:
+        return not any(p.requires_grad for p in self.base.parameters())
 
     def _frozen(self, shape: torch.Size, x_TI: Tensor) -> Tensor:
         """The frozen layer from [T, I] to [T, O]; it sees x as the model shaped it."""

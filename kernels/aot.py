@@ -64,20 +64,33 @@ class _Driver:
         return TARGETS[self.arch].target
 
 
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "": (),
+    "dropout": ("DROP",),
+    "shared A": ("SHARED", "A_SHARED"),
+    "shared B": ("SHARED", "B_SHARED"),
+}
+"""Settings of a kernel, one of which is on in a variant."""
+
+
 @contextlib.contextmanager
-def recorded(arch: str, only: str | None) -> Iterator[list[Launch]]:
+def recorded(arch: str, only: str | None, variant: str = "") -> Iterator[list[Launch]]:
     """Record launches instead of making them, and compile one of the kernels.
 
     Args:
         arch: Target to compile for.
         only: Name of a kernel to compile, at its first launch; None compiles nothing.
+        variant: Of that kernel.
     """
     launches: list[Launch] = []
     original = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled = None
-        if self.__name__ == only and not any(one.compiled for one in launches):
+        settings = _SETTINGS[variant]
+        is_wanted = not settings or any(kwargs.get(name) for name in settings)
+        first = self.__name__ == only and not any(one.compiled for one in launches)
+        if first and is_wanted:
             compiled = original(self, *args, grid=grid, warmup=True, **kwargs)
         launches.append(Launch(self.__name__, grid, kwargs, compiled))
 
@@ -88,12 +101,12 @@ def recorded(arch: str, only: str | None) -> Iterator[list[Launch]]:
 
 def compiled(entry: Entry) -> Numbers:
     """Compile one configuration of one kernel and read its machine code."""
-    kernel, arch, rank, itemsize, is_cast, config = entry
+    kernel, arch, rank, itemsize, is_cast, config, variant = entry
     uncast = kernel in WITH_FACTOR and itemsize == 2 and not is_cast
     tokens = TOKENS[1] if uncast else 8192
-    with forced(kernel, config), recorded(arch, kernel) as made:
-        call(kernel, rank, itemsize, tokens)
-    return read(next(launch.compiled for launch in made if launch.name == kernel))
+    with forced(kernel, config), recorded(arch, kernel, variant) as made:
+        call(kernel, rank, itemsize, tokens, variant=variant)
+    return read(next(launch.compiled for launch in made if launch.compiled))
 
 
 def launches(kernel: str) -> int:
@@ -109,7 +122,7 @@ def traffic_of(entry: Entry) -> Traffic | None:
 
     Counted for 8192 tokens of 4096 features; None if those have another configuration.
     """
-    kernel, arch, rank, itemsize, _, config = entry
+    kernel, arch, rank, itemsize, _, config, _ = entry
     used = pick(kernel, arch, rank, 8192, 4096, itemsize)
     if used._replace(split=1) != config:
         return None
@@ -125,7 +138,12 @@ def traffic_of(entry: Entry) -> Traffic | None:
 
 
 def call(
-    kernel: str, rank: int, itemsize: int = 2, tokens: int = 8192, wide: int = 4096
+    kernel: str,
+    rank: int,
+    itemsize: int = 2,
+    tokens: int = 8192,
+    wide: int = 4096,
+    variant: str = "",
 ) -> None:
     """Make the call that launches a kernel, on tensors without memory.
 
@@ -135,21 +153,24 @@ def call(
         itemsize: Bytes of an element of x; the factors are float32.
         tokens: Number of tokens.
         wide: Both wide dimensions.
+        variant: Of the kernel.
     """
     experts, r = experts_of(kernel, rank)
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
     x = torch.empty(tokens, wide, device="meta", dtype=dtype)
-    factor = torch.empty(experts, r, wide, device="meta")
+    A = torch.empty(1 if variant == "shared A" else experts, r, wide, device="meta")
+    Bt = torch.empty(1 if variant == "shared B" else experts, r, wide, device="meta")
     gates = torch.empty(tokens, experts, device="meta")
-    routed = (factor, factor, gates, 2.0)
+    routed = (A, Bt, gates, 2.0)
+    mask = (0.1, 1) if variant == "dropout" else (0.0, 0)
     if kernel.startswith("gather"):
-        triton_gather.forward(x, x, *routed, 2)
+        triton_gather.forward(x, x, *routed, 2, *mask)
     elif kernel.startswith(("grouped", "route")):
-        z = triton_grouped.forward(x, x, *routed, 2)[1]
-        if kernel == "grouped_wgrad":
-            triton_grouped.backward(x, x, z, *routed, 2, 0.0, 0, Needs(*[True] * 4))
-    elif kernel in ("shrink_gate", "expand_add"):
-        triton_dense.forward(x, x, *routed, None)
+        z = triton_grouped.forward(x, x, *routed, 2, *mask)[1]
+        if kernel == "grouped_wgrad" or variant:
+            triton_grouped.backward(x, x, z, *routed, 2, *mask, Needs(*[True] * 4))
+    elif kernel == "shrink_gate" or (kernel == "expand_add" and not variant):
+        triton_dense.forward(x, x, *routed, None, *mask)
     else:
-        z = torch.empty(tokens, experts * r, device="meta", dtype=dtype)
-        triton_dense.backward(x, x, z, *routed, None)
+        z = torch.empty(tokens, A.shape[0] * r, device="meta", dtype=dtype)
+        triton_dense.backward(x, x, z, *routed, None, *mask)

@@ -1,8 +1,8 @@
-"""Autograd around a backend's forward and backward, in eager mode and as an operator.
+"""Autograd around a backend's forward and backward.
 
-In eager mode an autograd function calls the backend directly, because an operator of
-``torch.library`` costs tens of microseconds per call, which decoding feels. Under
-``torch.compile`` the operator ``molora::lowrank_mixture`` keeps the backend whole.
+An autograd function calls the backend directly, because an operator of
+``torch.library`` costs tens of microseconds per call, which decoding feels; operator.py
+has the operators that ``torch.compile`` needs.
 
 Where the frozen layer itself is given, x reaches it through ``_Input`` and its output
 becomes y in ``_Update``, so backward runs ``_Update``, the layer, ``_Input``:
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from molora.errors import ConfigError
 from molora.kernels.backends import BACKENDS
 from molora.kernels.gradients import Needs
-from molora.kernels.torch_path import dtype_of
+from molora.kernels.operator import run_compiled
 
 
 class Options(NamedTuple):
@@ -36,7 +36,8 @@ class Options(NamedTuple):
     backend: str
     top_k: int | None = None
     dropout: float = 0.0
-    seed: int = 0
+    seed: Any = 0
+    """A number, or a scalar tensor under ``torch.compile``."""
 
 
 def run(
@@ -50,9 +51,7 @@ def run(
 ) -> Tensor:
     """Compute with one backend, differentiably where gradients are enabled."""
     if torch.compiler.is_compiling():
-        flat, scale_E = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
-        args = (flat, scale_E, *options)
-        return lowrank_mixture_op(x, base, A, Bt, gates, *args)[0]  # type: ignore[no-any-return]
+        return run_compiled(x, base, A, Bt, gates, scale, *options)
     if torch.is_grad_enabled():
         y: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]
             x, base, A, Bt, gates, scale, options
@@ -197,117 +196,3 @@ class _Mixture(torch.autograd.Function):
         )
         dbase = dy if need_base else None
         return grads.x, dbase, grads.A, grads.Bt, grads.gates, None, None
-
-
-@torch.library.custom_op("molora::lowrank_mixture", mutates_args=())
-def lowrank_mixture_op(
-    x: Tensor,
-    base: Tensor | None,
-    A: Tensor,
-    Bt: Tensor,
-    gates: Tensor | None,
-    scale: float,
-    scale_E: Tensor | None,
-    backend: str,
-    top_k: int | None,
-    dropout: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Result and z; see ``molora.kernels.lowrank_mixture``."""
-    path = BACKENDS[backend].load()
-    factor = scale if scale_E is None else scale_E
-    return path.forward(x, base, A, Bt, gates, factor, top_k, dropout, seed)
-
-
-@lowrank_mixture_op.register_fake
-def _(
-    x: Tensor,
-    base: Tensor | None,
-    A: Tensor,
-    Bt: Tensor,
-    gates: Tensor | None,
-    scale: float,
-    scale_E: Tensor | None,
-    backend: str,
-    top_k: int | None,
-    dropout: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    ranks = A.shape[0] * A.shape[1]
-    y = (x if base is None else base).new_empty(x.shape[0], Bt.shape[2])
-    dtype = x.dtype if backend.startswith("triton") else dtype_of(x, A)
-    return y, x.new_empty(x.shape[0], ranks, dtype=dtype)
-
-
-@torch.library.custom_op("molora::lowrank_mixture_backward", mutates_args=())
-def lowrank_mixture_backward_op(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    gates: Tensor | None,
-    scale: float,
-    scale_E: Tensor | None,
-    backend: str,
-    top_k: int | None,
-    dropout: float,
-    seed: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, A, Bt and the gates; an empty tensor where not needed."""
-    path = BACKENDS[backend].load()
-    factor = scale if scale_E is None else scale_E
-    options = (top_k, dropout, seed, Needs(*needs))
-    grads = path.backward(dy, x, z, A, Bt, gates, factor, *options)
-    # an operator returns no None, and nothing that is a view of its inputs
-    made = [dy.new_empty(0) if g is None else g.contiguous() for g in grads]
-    return made[0], made[1], made[2], made[3]
-
-
-@lowrank_mixture_backward_op.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    gates: Tensor | None,
-    scale: float,
-    scale_E: Tensor | None,
-    backend: str,
-    top_k: int | None,
-    dropout: float,
-    seed: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = (x, A, Bt, gates)
-    made = [
-        dy.new_empty(0)
-        if tensor is None or not needed
-        else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor, needed in zip(given, needs, strict=True)
-    ]
-    return made[0], made[1], made[2], made[3]
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, A, Bt, gates, scale, scale_E, *options = inputs
-    ctx.scale, ctx.options = scale, options
-    ctx.save_for_backward(x, output[1], A, Bt, gates, scale_E)
-
-
-def _backward(ctx: Any, dy: Tensor, dz: Tensor) -> tuple[Any, ...]:
-    x, z, A, Bt, gates, scale_E = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    needs = [need[0], need[2], need[3], need[4]]
-    grads = lowrank_mixture_backward_op(
-        dy, x, z, A, Bt, gates, ctx.scale, scale_E, *ctx.options, needs
-    )
-    dx, dA, dBt, dgates = (
-        g if needed else None for g, needed in zip(grads, needs, strict=True)
-    )
-    return dx, dy if need[1] else None, dA, dBt, dgates, *[None] * 6
-
-
-lowrank_mixture_op.register_autograd(_backward, setup_context=_setup)

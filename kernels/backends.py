@@ -100,10 +100,6 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-COMPILABLE = ("torch", "triton")
-"""Backends whose results have sizes and dtypes that follow from those of the inputs."""
-
-
 BACKENDS: dict[str, Backend] = {
     "torch": Backend("molora.kernels.torch_path"),
     "sorted": Backend("molora.kernels.sorted_path"),
@@ -112,4 +108,4 @@ BACKENDS: dict[str, Backend] = {
     "triton_gather": Backend("molora.kernels.triton_gather", "triton"),
     "reference": Backend("molora.kernels.reference"),
 }
-"""Every backend; which of them ``auto`` takes is in dispatch.py."""
+"""Every backend; which of them ``auto`` takes is in choice.py."""

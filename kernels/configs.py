@@ -42,6 +42,33 @@ _PER_TOKEN = ("shrink_gate", "expand_add", "bwd_rank")
 WITH_FACTOR = (*_PER_TOKEN, "grouped_shrink", "grouped_expand")
 """Kernels that read a factor which may have been cast."""
 
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "dropout": (
+        "shrink_gate",
+        "expand_add",
+        "wgrad",
+        "grouped_shrink",
+        "grouped_expand",
+        "grouped_wgrad",
+        "gather_shrink",
+    ),
+    "shared A": (
+        "shrink_gate",
+        "bwd_rank",
+        "grouped_shrink",
+        "grouped_expand",
+        "gather_shrink",
+    ),
+    "shared B": (
+        "shrink_gate",
+        "bwd_rank",
+        "grouped_shrink",
+        "grouped_expand",
+        "gather_expand",
+    ),
+}
+"""Kernels whose code differs with a mask, or where all experts share a factor."""
+
 # kernel -> token bucket -> width bucket -> programs per reduction
 _SPLITS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "shrink_gate": ((8, 8, 8), (4, 4, 4), (2, 2, 2), (1, 1, 1)),
@@ -205,6 +232,8 @@ class Entry(NamedTuple):
     is_cast: bool
     """Whether 32-bit factors are cast to the 16 bits of the inputs, see ``casts``."""
     config: Config
+    variant: str = ""
+    """A name in ``VARIANTS``, or empty for separate factors without a mask."""
 
     @property
     def key(self) -> str:
@@ -214,6 +243,7 @@ class Entry(NamedTuple):
             f"{self.kernel} {self.arch} rank {self.rank} {8 * self.itemsize}-bit "
             f"{c.BM}x{c.BN} warps {c.warps} stages {c.stages} columns {c.columns}"
             f"{' cast' if self.is_cast else ''}"
+            f"{' ' if self.variant else ''}{self.variant}"
         )
 
 
@@ -236,6 +266,17 @@ def entries() -> Iterator[Entry]:
             ranks[config, last] = max(rank, ranks.get((config, last), 0))
         for (config, is_cast), rank in ranks.items():
             yield Entry(kernel, arch, rank, itemsize, is_cast, config)
+
+
+def variants() -> Iterator[Entry]:
+    """The largest tile of each kernel in each of its variants, for 16-bit inputs."""
+    arches = [arch for arch in ARCHES if arch != "sm_89"]
+    for variant, kernels in VARIANTS.items():
+        for kernel, arch in itertools.product(kernels, arches):
+            config = _config(kernel, arch, RANKS[-1], len(TOKENS), 1, 2)
+            is_cast = kernel in WITH_FACTOR
+            one = config._replace(split=1)
+            yield Entry(kernel, arch, RANKS[-1], 2, is_cast, one, variant)
 
 
 @contextlib.contextmanager

@@ -1,30 +1,20 @@
-"""One op, several backends, the reasons a backend declines a call, and the choice.
+"""One op, several backends.
 
 Shape legend
     T tokens   E experts   I in features   O out features   r rank of one expert
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from molora.errors import ConfigError
-from molora.kernels import machine, sorted_path
 from molora.kernels.autograd import Options, run, run_around
-from molora.kernels.backends import BACKENDS, COMPILABLE
-from molora.kernels.cost_model import Shape, fastest
-from molora.kernels.torch_path import compute_dtype
+from molora.kernels.choice import choose
 
 Layer = Callable[[Tensor], Tensor]
 """A frozen layer: [T, I] to [T, O]."""
-
-_REMEMBERED = 4096
-"""Choices kept."""
-
-_WORTH_CHOOSING = 3e7
-"""Multiplications below which a call is too short for the choice to matter."""
 
 
 def lowrank_mixture(
@@ -38,7 +28,7 @@ def lowrank_mixture(
     *,
     top_k: int | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> Tensor:
     """Routed low-rank update: y[t] = base[t] + sum_e gates[t,e] scale[e] B_e A_e x[t].
 
@@ -53,14 +43,15 @@ def lowrank_mixture(
             then written once, as their sum. Its parameters must be frozen, and its
             output a differentiable function of its argument, which nothing changes in
             place.
-        backend: ``auto``, or a name in ``BACKENDS``. Under ``torch.compile`` ``auto``
-            is ``torch``.
+        backend: ``auto``, or a name in ``BACKENDS``; a compiled graph chooses each time
+            it runs.
         top_k: At most so many gates of a token are not zero, and nothing reads the
             gradient of a gate that is zero. Lets ``auto`` skip experts not in use;
             None promises nothing.
         dropout: Probability to zero a value of x, in the update only; one mask for all
             experts, drawn from ``seed`` and drawn again in backward.
-        seed: Seed of the mask. A backend on another device draws another mask.
+        seed: Seed of the mask, a number or a scalar int64 tensor on the CPU. A backend
+            on another device draws another mask.
 
     Returns:
         [T, O] in the dtype of ``base`` (of ``x`` without base); float64 from
@@ -73,6 +64,8 @@ def lowrank_mixture(
     if not 0 <= dropout < 1:
         raise ConfigError(f"lowrank_mixture: dropout={dropout} is not in [0, 1)")
     dropout = float(dropout)
+    if isinstance(seed, Tensor) and not torch.compiler.is_compiling():
+        seed = int(seed)
     if not isinstance(scale, Tensor):
         scale = float(scale)
     # like every op under autocast, leave float64 alone
@@ -81,17 +74,17 @@ def lowrank_mixture(
     if base is not None and not isinstance(base, Tensor):
         if _passes_through(x, narrow):
             call = (x, A, Bt, gates, scale)
-            name = _choose(backend, *call, None, top_k, dropout > 0)
+            name = choose(backend, *call, None, top_k, dropout > 0)
             options = Options(name, top_k, dropout, seed)
             return run_around(x, base, A, Bt, gates, scale, options)
         base = base(x)
     if autocast:
         x = x.to(narrow)
         with torch.autocast(x.device.type, enabled=False):
-            name = _choose(backend, x, A, Bt, gates, scale, base, top_k, dropout > 0)
+            name = choose(backend, x, A, Bt, gates, scale, base, top_k, dropout > 0)
             options = Options(name, top_k, dropout, seed)
             return run(x, base, A, Bt, gates, scale, options)
-    name = _choose(backend, x, A, Bt, gates, scale, base, top_k, dropout > 0)
+    name = choose(backend, x, A, Bt, gates, scale, base, top_k, dropout > 0)
     return run(x, base, A, Bt, gates, scale, Options(name, top_k, dropout, seed))
 
 
@@ -103,204 +96,3 @@ def _passes_through(x: Tensor, dtype: torch.dtype) -> bool:
         and x.dtype == dtype
         and not torch.compiler.is_compiling()
     )
-
-
-def _choose(
-    backend: str,
-    x: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    gates: Tensor | None,
-    scale: float | Tensor,
-    base: Tensor | None,
-    top_k: int | None,
-    masked: bool,
-) -> str:
-    """Check a call and name its backend; remembered per sizes.
-
-    Decoding repeats one size, and looking at everything anew costs a quarter of a site.
-    """
-    call = (x, A, Bt, gates, scale, base, top_k)
-    is_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if is_cpu and backend == "auto":
-        return _known_on_cpu(
-            x.shape,
-            A.shape,
-            Bt.shape,
-            None if gates is None else gates.shape,
-            scale.shape if isinstance(scale, Tensor) else None,
-            None if base is None else base.shape,
-            top_k,
-            x.dtype,
-            A.dtype,
-            # not the grad mode: reentrant checkpointing runs its forward without
-            A.requires_grad or Bt.requires_grad,
-            torch.get_num_threads(),
-        )
-    if x.is_cuda and not torch.compiler.is_compiling():
-        signs = [_sign(value) for value in call[:-1]]
-        key = (backend, top_k, masked, torch.is_grad_enabled(), *signs)
-        name = _known_on_gpu.get(key)
-        if name is None:
-            _check(*(_size(value) for value in call[:-1]))
-            name = _pick(backend, *call, masked)
-            if len(_known_on_gpu) >= _REMEMBERED:
-                _known_on_gpu.clear()
-            _known_on_gpu[key] = name
-        return name
-    _check(*(_size(value) for value in call[:-1]))
-    return _pick(backend, *call, masked)
-
-
-_known_on_gpu: dict[tuple[object, ...], str] = {}
-
-
-def _sign(value: Tensor | float | None) -> object:
-    """What the choice of a backend may read of an argument."""
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device, value.requires_grad
-    return value is None
-
-
-def _size(value: Tensor | float | None) -> torch.Size | None:
-    return value.shape if isinstance(value, Tensor) else None
-
-
-@functools.lru_cache(_REMEMBERED)
-def _known_on_cpu(
-    x: torch.Size,
-    A: torch.Size,
-    Bt: torch.Size,
-    gates: torch.Size | None,
-    scale: torch.Size | None,
-    base: torch.Size | None,
-    top_k: int | None,
-    dtype: torch.dtype,
-    expert_dtype: torch.dtype,
-    training: bool,
-    threads: int,
-) -> str:
-    """Concatenated or sorted, whichever the cost model expects to be faster."""
-    _check(x, A, Bt, gates, scale, base)
-    if gates is None or top_k is None:
-        return "torch"
-    # a factor that is shared is not multiplied by the number of experts
-    spared = gates[1] - top_k if max(A[0], Bt[0]) > 1 else 0
-    if spared * A[1] * (A[2] + Bt[2]) * max(2 * x[0], 16) < _WORTH_CHOOSING:
-        return "torch"
-    dtype = compute_dtype(x[0], dtype, "cpu", A[0] * A[1], expert_dtype)
-    if sorted_path.unfit(dtype, A[1], A[2], Bt[2]):
-        return "torch"
-    shape = Shape(
-        x[0],
-        x[1],
-        Bt[2],
-        gates[1],
-        A[1],
-        min(top_k, gates[1]),
-        dtype.itemsize,
-        training,
-    )
-    return fastest(["torch", "sorted"], shape, machine.cpu(dtype, threads))
-
-
-def _pick(
-    backend: str,
-    x: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    gates: Tensor | None,
-    scale: float | Tensor,
-    base: Tensor | None,
-    top_k: int | None,
-    masked: bool,
-) -> str:
-    """Name of the backend for a call."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ConfigError(f"backend {backend!r} is unknown; choose from {[*BACKENDS]}")
-    if torch.compiler.is_compiling():
-        # reasons are not looked for: that would import modules within the graph
-        if backend not in ("auto", *COMPILABLE):
-            raise ConfigError(
-                f"backend {backend!r} declined: inside torch.compile only "
-                f"{' and '.join(COMPILABLE)} have sizes that are known beforehand"
-            )
-        return "torch" if backend == "auto" else backend
-    call = (x, A, Bt, gates, scale, base, top_k)
-    if backend == "auto":
-        return _auto_gpu(*call, masked) if x.device.type == "cuda" else "torch"
-    if reasons := BACKENDS[backend].why_not(*call):
-        raise ConfigError(f"backend {backend!r} declined: {'; '.join(reasons)}")
-    return backend
-
-
-def _auto_gpu(
-    x: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    gates: Tensor | None,
-    scale: float | Tensor,
-    base: Tensor | None,
-    top_k: int | None,
-    masked: bool,
-) -> str:
-    """The form that the cost model expects to be fastest, of those that can."""
-    names = ["triton", "triton_grouped", "triton_gather"]
-    able = [
-        name
-        for name in names
-        if not BACKENDS[name].why_not(x, A, Bt, gates, scale, base, top_k)
-    ]
-    if not able:
-        return "torch"
-    experts = 1 if gates is None else gates.shape[1]
-    trained = A.requires_grad or Bt.requires_grad
-    if masked:
-        # forms draw different masks, and reentrant checkpointing runs its forward
-        # without grad mode: only what does not read it may choose
-        able = [name for name in able if name != "triton_gather"]
-    else:
-        trained = (trained or x.requires_grad) and torch.is_grad_enabled()
-    shape = Shape(
-        tokens=x.shape[0],
-        wide_in=x.shape[1],
-        wide_out=Bt.shape[2],
-        experts=experts,
-        rank=A.shape[1],
-        top_k=min(top_k or experts, experts),
-        itemsize=x.dtype.itemsize,
-        training=trained,
-    )
-    best = fastest([*able, "torch on a GPU"], shape, machine.gpu(x.device))
-    return best.split()[0]
-
-
-def _check(
-    x: torch.Size | None,
-    A: torch.Size | None,
-    Bt: torch.Size | None,
-    gates: torch.Size | None,
-    scale: torch.Size | None,
-    base: torch.Size | None,
-) -> None:
-    """Refuse shapes that broadcasting would silently accept."""
-    assert x is not None and A is not None and Bt is not None
-    ok = len(x) == 2 and len(A) == len(Bt) == 3
-    if ok:
-        experts = max(A[0], Bt[0]) if gates is None else gates[-1]
-        ok = (
-            A[1] == Bt[1]
-            and A[2] == x[1]
-            and A[0] in (1, experts)
-            and Bt[0] in (1, experts)
-            and (experts == 1 if gates is None else gates == (x[0], experts))
-            and scale in (None, (experts,))
-            and base in (None, (x[0], Bt[2]))
-        )
-    if not ok:
-        given = {"x": x, "A": A, "Bt": Bt, "gates": gates, "scale": scale, "base": base}
-        shapes = {k: None if size is None else tuple(size) for k, size in given.items()}
-        raise ConfigError(
-            "lowrank_mixture: shapes do not fit x[T,I] A[E|1,r,I] Bt[E|1,r,O] "
-            f"gates[T,E] scale[E] base[T,O]: {shapes}"
-        )

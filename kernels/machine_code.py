@@ -64,16 +64,23 @@ class Numbers(NamedTuple):
 
 
 def faults(
-    kernel: str, arch: str, itemsize: int, config: Config, found: Numbers
+    kernel: str,
+    arch: str,
+    itemsize: int,
+    config: Config,
+    found: Numbers,
+    variant: str = "",
 ) -> list[str]:
     """What makes a configuration unfit for its device.
 
     Matrix instructions are asked of 16-bit inputs: float32 is multiplied exactly, on
     the ordinary units. Accesses of 1, 2 and 4 bytes are held against kernels whose
     narrow tensors are all read in rows; others load one index or gate at a time, and
-    those that sort tokens nothing else.
+    those that sort tokens nothing else. The rank of a shared factor is a few columns,
+    of which a thread has a few bytes to load and store, once.
     """
     limit = TARGETS[arch]
+    few = 4 if variant.startswith("shared") else 0
     reasons = []
     if found.shared > limit.shared:
         reasons.append(f"shared memory {found.shared} > {limit.shared}")
@@ -90,9 +97,9 @@ def faults(
         wanted = limit.mma if _rows(kernel, config) >= 64 else WARP_MMA[arch]
         if found.mma != wanted:
             reasons.append(f"{found.mma or 'no matrix instruction'}, not {wanted}")
-    if kernel in PRODUCTS and itemsize == 2 and found.tiny:
+    if kernel in PRODUCTS and itemsize == 2 and found.tiny > few:
         reasons.append(f"accesses of 2 bytes: {found.tiny}")
-    if kernel in GATES_AT_MOST and found.narrow > GATES_AT_MOST[kernel]:
+    if kernel in GATES_AT_MOST and found.narrow > GATES_AT_MOST[kernel] + few:
         reasons.append(f"accesses of 4 bytes: {found.narrow}")
     return reasons
 

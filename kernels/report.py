@@ -23,7 +23,7 @@ from triton import knobs
 
 from molora.errors import ConfigError
 from molora.kernels.aot import compiled, launches, traffic_of
-from molora.kernels.configs import ARCHES, RANKS, Entry, entries
+from molora.kernels.configs import ARCHES, RANKS, Entry, entries, variants
 from molora.kernels.machine_code import DENSE, TARGETS, Numbers, faults
 from molora.kernels.triton_dense_backward import SUM
 from molora.kernels.triton_route import LAUNCH as ROUTE
@@ -39,7 +39,7 @@ def rows() -> list[Entry]:
         for kernel, way in FIXED.items()
         for arch in ARCHES
     ]
-    return [*entries(), *others]
+    return [*entries(), *variants(), *others]
 
 
 def load(path: Path) -> dict[str, Numbers]:
@@ -109,7 +109,8 @@ def render(chosen: list[Entry], found: dict[str, Numbers]) -> Table:
         n, c = found[row.key], row.config
         columns = f"x{c.columns}" if c.columns > 1 else ""
         bits = f"{8 * row.itemsize}{' cast' if row.is_cast else ''}"
-        place = (row.kernel, row.arch, row.rank, bits)
+        kernel = f"{row.kernel} {row.variant}".strip()
+        place = (kernel, row.arch, row.rank, bits)
         tile = (f"{c.BM}x{c.BN}{columns}", c.warps, c.stages, n.registers, n.spills)
         shared = f"{n.shared} / {TARGETS[row.arch].shared}"
         memory = (shared, f"{n.mmas} {n.mma}".strip(), n.wide, n.middle, n.narrow)
@@ -120,7 +121,7 @@ def render(chosen: list[Entry], found: dict[str, Numbers]) -> Table:
 
 def _ratio(row: Entry) -> str:
     """Bytes moved over the least possible, of kernels whose reads shapes decide."""
-    counted = traffic_of(row) if row.kernel in DENSE else None
+    counted = traffic_of(row) if row.kernel in DENSE and not row.variant else None
     return "" if counted is None else f"{counted.moved / counted.floor:.2f}"
 
 
@@ -152,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{row.key}: {reason}"
         for row in chosen
         for reason in faults(
-            row.kernel, row.arch, row.itemsize, row.config, found[row.key]
+            row.kernel, row.arch, row.itemsize, row.config, found[row.key], row.variant
         )
     ]
     if options.update:

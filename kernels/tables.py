@@ -248,6 +248,12 @@ _H100: dict[str, dict[int, tuple[Config, Config]]] = {
     "grouped_wgrad": {16: (Config(32, 256, 4, 2), Config(32, 128, 4, 2))},
 }
 
+# a mask or a shared factor would spill in the largest tiles of Hopper
+_BLACKWELL: _Tiles = _HOPPER | {
+    "expand_add": (*_HOPPER["expand_add"][:-1], (64, 32, 8, 2)),
+    "grouped_expand": (*_HOPPER["grouped_expand"][:-1], (64, 64, 8, 2)),
+}
+
 MEASURED = {"sm_90": _H100}
 """Measured configurations, which go before the table of an architecture."""
 
@@ -255,7 +261,7 @@ TABLES: dict[str, _Tiles] = {
     "sm_80": _AMPERE,
     "sm_89": _ADA,
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _BLACKWELL,
     "gfx942": _CDNA,
 }
 """Tiles of every kernel for many tokens and 16-bit inputs, by rank bucket."""

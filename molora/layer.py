@@ -180,8 +180,7 @@ class MoloraLinear(nn.Module):
                 if self.training and self.router is not None:
                     # objectives see what tokens asked for, overflow included
                     y = self._balance(y, wanted, context, seen, values)
-                # a recomputation in backward repeats a forward that is on record
-                if not in_backward():
+                if runtime.trace is not None or runtime.stats is not None:
                     self._record(routing, context, seen, values)
         return y.view(shape)
 
@@ -218,13 +217,15 @@ class MoloraLinear(nn.Module):
 
     def _base(self, x: Tensor, x_TI: Tensor, gates: Tensor | None) -> Tensor | Layer:
         """Output of the frozen layer as [T, O], or that layer where experts call it."""
-        frozen = not any(p.requires_grad for p in self.base.parameters())
-        around = frozen and self.experts.takes_layer and x.requires_grad
-        if around and torch.is_grad_enabled():
+        differentiable = x.requires_grad and torch.is_grad_enabled()
+        if differentiable and self.experts.takes_layer and self._is_frozen():
             return functools.partial(self._frozen, x.shape)
         edited_TI = self.experts.edit_input(x_TI, gates)
         y: Tensor = self.base(x if edited_TI is x_TI else edited_TI.view(x.shape))
         return y.reshape(-1, self.out_features)
+
+    def _is_frozen(self) -> bool:
+        return not any(p.requires_grad for p in self.base.parameters())
 
     def _frozen(self, shape: torch.Size, x_TI: Tensor) -> Tensor:
         """The frozen layer from [T, I] to [T, O]; it sees x as the model shaped it."""
@@ -253,6 +254,7 @@ class MoloraLinear(nn.Module):
                 y_TO = attach(y_TO, value, weight, self.runtime)
         return y_TO
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _count(self, routing: Routing, weight_T: Tensor | None) -> None:
         """Add a forward to the load that moves the bias."""
@@ -262,6 +264,7 @@ class MoloraLinear(nn.Module):
             load_E, before_E = routing.load(weight_T), self.router.load_E
             self.router.load_E = load_E if before_E is None else before_E + load_E
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _record(
         self,
         routing: Routing,
@@ -270,6 +273,9 @@ class MoloraLinear(nn.Module):
         values: dict[str, Tensor],
     ) -> None:
         """Add to the trace and to the running sums, where somebody reads them."""
+        # a recomputation in backward repeats a forward that is on record
+        if in_backward():
+            return
         weight_T = context.token_weights(shape, self.path)
         runtime = self.runtime
         if runtime.trace is not None:

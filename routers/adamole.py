@@ -93,5 +93,5 @@ class AdaMoLERouter(LinearGateRouter):
     def tau(self, x: Tensor) -> Tensor:
         """Threshold of each token, [T, 1] in at least float32."""
         raw_T1 = router_logits(x, self.threshold.weight)
-        require_finite(raw_T1, self.site)
+        raw_T1 = require_finite(raw_T1, self.site)
         return self.highest * torch.sigmoid(raw_T1 + self.threshold.bias)

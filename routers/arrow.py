@@ -78,13 +78,15 @@ class ArrowRouter(AbstractRouter):
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class."""
         scores_TE = router_logits(x, self.directions()).abs()
-        require_finite(scores_TE, self.site)
+        scores_TE = require_finite(scores_TE, self.site)
         logits_TE = scores_TE / self.config.temperature
         kept_TK, ids_TK = logits_TE.topk(self.config.top_k)
         kept_TK = torch.softmax(kept_TK, -1)
         gates_TE = torch.zeros_like(logits_TE).scatter_(-1, ids_TK, kept_TK)
         return Routing(gates_TE, None, logits_TE, self.config.top_k)
 
+    # it notices when an expert was changed
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def directions(self) -> Tensor:
         """Unit vectors v_e, [E, I]; zero for an expert that is zero."""

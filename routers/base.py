@@ -341,7 +341,7 @@ class LinearGateRouter(AbstractRouter):
         config = self.config
         assert isinstance(config, GateConfig)
         logits_TE = self.scores(x)
-        require_finite(logits_TE, self.site)
+        logits_TE = require_finite(logits_TE, self.site)
         if self.training and config.noise:
             logits_TE = logits_TE + config.noise * torch.randn_like(logits_TE)
         if config.temperature != 1.0:

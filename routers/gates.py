@@ -4,6 +4,7 @@ Shape legend: see base.py.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,19 +30,23 @@ def share(kept_TE: Tensor, chosen_TE: Tensor) -> Tensor:
     return torch.where(chosen_TE, gates_TE, zero)
 
 
-def require_finite(logits_TE: Tensor, site: str) -> None:
-    """Raise when a logit is not finite; asynchronous on devices.
+def require_finite(logits_TE: Tensor, site: str) -> Tensor:
+    """Return the logits, or raise when one is not finite; asynchronous on devices.
 
     Raises:
-        RoutingError: Names the site.
+        RoutingError: Names the site. On a device the error is the device's own.
     """
+    if torch.compiler.is_compiling():
+        # a result that is read, or the compiler would leave the check out
+        checked_TE: Tensor = finite_op(logits_TE, site)
+        return checked_TE
     on_cpu = logits_TE.device.type == "cpu"
     if on_cpu and len(logits_TE) == 1:
         # one token while decoding: cheaper to read than to sum
         if math.isfinite(sum(logits_TE.tolist()[0])):
-            return
+            return logits_TE
     elif on_cpu and math.isfinite(logits_TE.sum().item()):
-        return
+        return logits_TE
     message = (
         f"site {site!r}: router logits are not finite. The layer's input or the "
         "router's weights hold NaN or infinity; lower the learning rate or look "
@@ -50,3 +55,22 @@ def require_finite(logits_TE: Tensor, site: str) -> None:
     if on_cpu:
         raise RoutingError(message)
     torch._assert_async(torch.isfinite(logits_TE.sum()), message)
+    return logits_TE
+
+
+@torch.library.custom_op("molora::require_finite", mutates_args=())
+def finite_op(logits: Tensor, site: str) -> Tensor:
+    """A copy of the logits, checked when the compiled graph runs."""
+    return require_finite(logits, site).clone()
+
+
+@finite_op.register_fake
+def _(logits: Tensor, site: str) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return grad, None
+
+
+finite_op.register_autograd(_gradient)

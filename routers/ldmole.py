@@ -100,7 +100,7 @@ class LDMoLERouter(LinearGateRouter):
         """Lambda of each token, [T, 1] in at least float32, below 0.99."""
         hidden_TH = torch.relu(router_logits(x, self.hidden.weight) + self.hidden.bias)
         raw_T1 = router_logits(hidden_TH, self.out.weight)
-        require_finite(raw_T1, self.site)
+        raw_T1 = require_finite(raw_T1, self.site)
         return F.logsigmoid(raw_T1 + self.out.bias) + 0.99
 
 

@@ -143,8 +143,7 @@ class BilinearExperts(AbstractExperts):
             base,
             top_k=top_k,
             dropout=self.lora_dropout,
-            # of the global generator, which activation checkpointing rewinds
-            seed=int(torch.randint(2**62, ())),
+            seed=_seed(),
         )
 
     def scales(self) -> list[float]:
@@ -165,6 +164,13 @@ class BilinearExperts(AbstractExperts):
         """See base class; the frozen weight is not read."""
         a_rI, b_rO = self.expert_factors(expert)
         return b_rO.t() @ a_rI
+
+
+def _seed() -> int | Tensor:
+    """Seed of one mask, of the global generator, which checkpointing rewinds."""
+    drawn = torch.randint(2**62, ())
+    # a compiled graph draws another one each time it runs
+    return drawn if torch.compiler.is_compiling() else int(drawn)
 
 
 EXPERTS: Registry[AbstractExperts] = Registry("expert family")

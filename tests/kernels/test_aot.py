@@ -1,5 +1,6 @@
 """The kernels compiled for devices that are not here, against a committed table."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -8,8 +9,23 @@ from pathlib import Path
 import pytest
 
 from molora.errors import ConfigError
-from molora.kernels import report
-from molora.kernels.configs import ARCHES, KERNELS, Config, entries, pick, table_of
+from molora.kernels import (
+    report,
+    triton_dense_backward,
+    triton_dense_forward,
+    triton_gather,
+    triton_grouped_kernels,
+)
+from molora.kernels.configs import (
+    ARCHES,
+    KERNELS,
+    VARIANTS,
+    Config,
+    entries,
+    pick,
+    table_of,
+    variants,
+)
 from molora.kernels.machine_code import TARGETS, Numbers, faults
 
 TABLE = Path(__file__).with_name("aot_table.json")
@@ -45,8 +61,30 @@ def test_table_has_every_configuration_that_is_shipped(
 def test_every_configuration_fits_its_device(table: dict[str, Numbers]) -> None:
     for row in report.rows():
         numbers = table[row.key]
-        reasons = faults(row.kernel, row.arch, row.itemsize, row.config, numbers)
+        what = (row.kernel, row.arch, row.itemsize, row.config, numbers, row.variant)
+        reasons = faults(*what)
         assert not reasons, row.key
+
+
+def test_every_setting_that_changes_a_kernel_has_its_variants() -> None:
+    modules = (
+        triton_dense_forward,
+        triton_dense_backward,
+        triton_gather,
+        triton_grouped_kernels,
+    )
+    shared, dropped = set(), set()
+    for kernel in KERNELS:
+        (made,) = [getattr(m, kernel) for m in modules if hasattr(m, kernel)]
+        names = inspect.signature(made.fn).parameters
+        if "DROP" in names:
+            dropped.add(kernel)
+        if {"SHARED", "A_SHARED", "B_SHARED"} & names.keys():
+            shared.add(kernel)
+    assert dropped == set(VARIANTS["dropout"]) and len(dropped) == 7
+    assert shared == {*VARIANTS["shared A"], *VARIANTS["shared B"]}
+    keys = {row.key for row in variants()}
+    assert len(keys) == 4 * sum(len(kernels) for kernels in VARIANTS.values()) == 68
 
 
 def test_pick_gives_nothing_that_was_not_compiled() -> None:
@@ -89,6 +127,8 @@ def test_what_is_unfit(change: dict[str, int | str], reason: str) -> None:
     bad = GOOD._replace(**change)  # type: ignore[arg-type]
     found = faults("shrink_gate", "sm_90", 2, CONFIG, bad)
     assert any(reason in one for one in found)
+    few = faults("shrink_gate", "sm_90", 2, CONFIG, bad, "shared A")
+    assert (few == []) == (reason in ("4 bytes", "2 bytes"))
 
 
 def test_differences_name_row_and_number() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from molora.errors import ConfigError
-from molora.kernels import dispatch, lowrank_mixture, machine, triton_tiles
+from molora.kernels import choice, lowrank_mixture, machine, triton_tiles
 from molora.kernels.cost_model import Shape, fastest
 from tests.kernels.test_lowrank_mixture import by_einsum
 
@@ -147,14 +147,14 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """Name of the form that a GPU would take, for tensors that have no memory."""
     monkeypatch.setattr(machine, "gpu", lambda device: machine.GPUS["sm_90"])
     for name in ("triton", "triton_grouped", "triton_gather"):
-        path = dispatch.BACKENDS[name].load()
+        path = choice.BACKENDS[name].load()
         original = path.why_not
 
         def reasons(x: Tensor, *rest: Any, ask: Any = original) -> list[str]:
             return [r for r in ask(x, *rest) if "is on" not in r]
 
         monkeypatch.setattr(path, "why_not", reasons)
-    yield dispatch._auto_gpu
+    yield choice._auto_gpu
 
 
 def test_one_mask_for_a_forward_and_its_recomputation(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from molora.errors import ConfigError
-from molora.kernels import dispatch, lowrank_mixture, machine
+from molora.kernels import choice, lowrank_mixture, machine
 from molora.kernels.cost_model import (
     FORMS,
     Machine,
@@ -160,10 +160,10 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MOLORA_CACHE", str(tmp_path))
     monkeypatch.delenv("MOLORA_CPU_MACHINE", raising=False)
     machine.cpu.cache_clear()
-    dispatch._known_on_cpu.cache_clear()
+    choice._known_on_cpu.cache_clear()
     yield tmp_path
     machine.cpu.cache_clear()
-    dispatch._known_on_cpu.cache_clear()
+    choice._known_on_cpu.cache_clear()
 
 
 def test_a_cpu_is_measured_once_and_remembered(
@@ -218,8 +218,8 @@ def test_the_choice_does_not_follow_the_grad_mode(
         Bt = torch.nn.Parameter(torch.randn(20, rank, 1536))
         call = ("auto", x, A, Bt, gates, 1.0, None, 2)
         with torch.no_grad():
-            first = dispatch._choose(*call, False)
-        assert first == dispatch._choose(*call, False)
+            first = choice.choose(*call, False)
+        assert first == choice.choose(*call, False)
 
 
 def test_the_measurement_can_be_replaced(
@@ -266,11 +266,11 @@ def test_many_experts_on_a_cpu_are_sorted(
     ids = torch.rand(256, experts, generator=g).topk(2).indices
     gates = torch.zeros(256, experts).scatter(1, ids, 0.5)
     args = (x, A, Bt, gates, 1.0, None)
-    assert dispatch._choose("auto", *args, 2, False) == form
+    assert choice.choose("auto", *args, 2, False) == form
     # nothing is promised about the gates, or one call is too short to matter
-    assert dispatch._choose("auto", *args, None, False) == "torch"
+    assert choice.choose("auto", *args, None, False) == "torch"
     tiny = (x[:4, :8], A[:, :, :8], Bt, gates[:4], 1.0, None)
-    assert dispatch._choose("auto", *tiny, 2, False) == "torch"
+    assert choice.choose("auto", *tiny, 2, False) == "torch"
     torch.testing.assert_close(
         lowrank_mixture(*args, top_k=2), lowrank_mixture(*args), rtol=1e-4, atol=1e-3
     )

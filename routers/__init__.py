@@ -10,6 +10,7 @@ from molora.routers.entropy import EntropyObjective as EntropyObjective
 from molora.routers.importance import ImportanceBalance as ImportanceBalance
 from molora.routers.ldmole import LDMoLERouter as LDMoLERouter
 from molora.routers.localized import LocalizedBalance as LocalizedBalance
+from molora.routers.moelora import MOELoRARouter as MOELoRARouter
 from molora.routers.none import NoRouter as NoRouter
 from molora.routers.phatgoose import PHATGOOSERouter as PHATGOOSERouter
 from molora.routers.selection_bias import SelectionBias as SelectionBias

@@ -7,6 +7,8 @@ from molora.routers.base import ROUTERS as ROUTERS
 from molora.routers.base import Routing as Routing
 from molora.routers.dynmole import DynMoLERouter as DynMoLERouter
 from molora.routers.entropy import EntropyObjective as EntropyObjective
+from molora.routers.gjs import GJSDivergence as GJSDivergence
+from molora.routers.hmora import HMoRARouter as HMoRARouter
 from molora.routers.importance import ImportanceBalance as ImportanceBalance
 from molora.routers.ldmole import LDMoLERouter as LDMoLERouter
 from molora.routers.localized import LocalizedBalance as LocalizedBalance

@@ -1,7 +1,7 @@
 """What every router returns, and what all of them share.
 
 Shape legend (this folder)
-    T tokens   I in features   E experts   K experts chosen per token
+    T tokens   B rows   I in features   E experts   K experts chosen per token
 """
 
 import abc
@@ -31,6 +31,9 @@ class Routing(NamedTuple):
     """Experts that a token uses at most, where the router selects (E where their number
     varies); None: it uses all. The gate of an expert that was not selected is zero and
     nothing reads its gradient."""
+    rows: Tensor | None = None
+    """[B, E] distribution of each row that ``full`` mixes with softmax(logits); None
+    where it mixes nothing in."""
 
     @property
     def probs(self) -> Tensor:
@@ -200,6 +203,17 @@ class AbstractRouter(nn.Module, abc.ABC):
         config = self.config
         elsewhere = config.scope != "site" or config.input != "token"
         return elsewhere or self.reads_prompt
+
+    def place(self, depth: float | None) -> None:  # noqa: B027
+        """Learn where the target layer stands, for routers whose start depends on it.
+
+        Args:
+            depth: 0 in the first layer of the model, 1 in the last, 0.5 in the only
+                one; None where the layer has no number.
+
+        Raises:
+            WrapError: The router needs the depth, and there is none.
+        """
 
     def add_bias(self, num_experts: int) -> None:
         """Make the bias, which is saved with the router."""

@@ -12,6 +12,7 @@ Reference: Gao et al. 2024 (MoLA), arXiv:2402.08562, figure 2. Its models are tr
 and inverted_triangle with [2, 4, 6, 8], hourglass with [2, 8], rectangle with [5].
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 import pydantic
@@ -118,6 +119,29 @@ def group_of(layer: int, layers: int, groups: int) -> int:
     if 2 * layer + 1 > layers:
         return groups - 1 - group_of(layers - 1 - layer, layers, groups)
     return (2 * layer + 1) * groups // (2 * layers)
+
+
+def depths(modules: Iterable[str]) -> dict[str, float | None]:
+    """How deep each module stands in its stack of layers.
+
+    Args:
+        modules: Every module path of the model.
+
+    Returns:
+        By path: 0 in the first layer, 1 in the last, 0.5 in the only one; None outside
+        of any.
+    """
+    found: dict[str, float | None] = {}
+    numbers: dict[str, list[tuple[str, int]]] = {}
+    for path in modules:
+        found[path], stack = None, _stack(path)
+        if stack is not None:
+            numbers.setdefault(stack, []).append((path, int(layer_of(path))))
+    for members in numbers.values():
+        last = max(number for _, number in members)
+        for path, number in members:
+            found[path] = number / last if last else 0.5
+    return found
 
 
 def _stack(path: str) -> str | None:

@@ -18,6 +18,7 @@ from molora.errors import WrapError
 from molora.ffn import check_ffn, ffns
 from molora.freezing import set_trainable, split_newest
 from molora.layer import MoloraLinear
+from molora.layout import depths
 from molora.records import RoutingTrace
 from molora.route import leaders
 from molora.routers import OBJECTIVES, ROUTERS
@@ -52,11 +53,11 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
     """
     check_wrappable(model)
     targets = find_targets(model, config)
+    names = [name for name, _ in model.named_modules()]
     if config.layout is not None:
-        names = [name for name, _ in model.named_modules()]
         layout = config.layout.placed(names, list(targets))
         config = config.model_copy(update={"layout": layout})
-    settings = {path: config.site(path) for path in targets}
+    settings, depth = {path: config.site(path) for path in targets}, depths(names)
     leader_of = leaders(settings)
     routers = [ROUTERS[settings[path].router.kind] for path in leader_of]
     reads_prompt = any(router.reads_prompt for router in routers) or any(
@@ -82,6 +83,9 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
             generator=generator_of(seed, path),
             leader=banks.get(leader_of.get(path, path)),
         )
+        router = banks[path].router
+        if router is not None:
+            router.place(depth[path])
     for group in ffns(banks).values():
         check_ffn(model, group)
         list(group.values())[-1].ends_ffn = True

@@ -79,6 +79,9 @@ def decide(router: AbstractRouter, x: Tensor, context: ForwardContext) -> Routin
     """
     kind = router.config.input
     if kind == "token":
+        if router.reads_prompt:
+            # flat tokens no longer tell that they stand in another order
+            context.token_rows(x.shape, router.site)
         routing: Routing = router(x.reshape(-1, x.shape[-1]), context)
         return routing
     if kind == "sequence":

@@ -1,7 +1,7 @@
 """What every router returns, and what all of them share.
 
 Shape legend (this folder)
-    T tokens   I in features   E experts   K experts chosen per token
+    T tokens   B rows   I in features   E experts   K experts chosen per token
 """
 
 import abc
@@ -33,6 +33,9 @@ class Routing(NamedTuple):
     nothing reads its gradient."""
     sparsity: Tensor | None = None
     """[T] lambda of LD-MoLE, which sets how many experts a token uses; else None."""
+    rows: Tensor | None = None
+    """[B, E] distribution of each row that ``full`` mixes with softmax(logits); None
+    where it mixes nothing in."""
 
     @property
     def probs(self) -> Tensor:
@@ -220,6 +223,17 @@ class AbstractRouter(nn.Module, abc.ABC):
     def sums_to_one(self) -> bool:
         """Whether the gates of every token sum to 1; False where that is not known."""
         return False
+
+    def place(self, depth: float | None) -> None:  # noqa: B027
+        """Learn where the target layer stands, for routers whose start depends on it.
+
+        Args:
+            depth: 0 in the first layer of the model, 1 in the last, 0.5 in the only
+                one; None where the layer has no number.
+
+        Raises:
+            WrapError: The router needs the depth, and there is none.
+        """
 
     def add_bias(self, num_experts: int) -> None:
         """Make the bias, which is saved with the router."""

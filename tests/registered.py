@@ -5,7 +5,7 @@ that a new one is covered by its YAML.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -18,10 +18,19 @@ from molora.routers.base import LinearGateRouter
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROUTED = [name for name in ROUTERS.names() if name != "none"]
+
+
+def inputs(kind: str) -> tuple[str, ...]:
+    """What router.input may be for a router."""
+    return get_args(ROUTERS[kind].Config.model_fields["input"].annotation)
+
+
 GATED = [
     name
     for name in ROUTED
-    if issubclass(ROUTERS[name], LinearGateRouter) and ROUTERS[name].has_probs
+    if issubclass(ROUTERS[name], LinearGateRouter)
+    and ROUTERS[name].has_probs
+    and "token" in inputs(name)
 ]
 LOSSES = [n for n in OBJECTIVES.names() if not issubclass(OBJECTIVES[n], Steering)]
 TASKS = ["sentiment", "text2sql", "scan"]
@@ -61,6 +70,8 @@ def takes(kind: str, settings: dict[str, Any]) -> bool:
     if kind == "none":
         return False
     cls = ROUTERS[kind]
+    if settings.get("input", inputs(kind)[0]) not in inputs(kind):
+        return False
     config = cls.Config.from_dict(router_settings(kind, **settings))
     return cls.check(config, 4) is None
 

@@ -1,6 +1,7 @@
 """Generation and batching: the same tokens whatever the batch, cache or padding.
 
-Every expert family and every router that is registered is run.
+Every expert family and every router that is registered is run; those that read the
+prompt depend on where it ends, and are run in routers/test_scopes_inputs.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ KINDS = [
     (family, router)
     for family in EXPERTS.names()
     for router in ROUTERS.names()
+    if not ROUTERS[router].reads_prompt
     # Arrow reads factors, and refuses experts that have none (tests/routers)
-    if router != "arrow" or issubclass(EXPERTS[family], BilinearExperts)
+    and (router != "arrow" or issubclass(EXPERTS[family], BilinearExperts))
 ]
 WHERE = {
     "": {},
@@ -36,7 +38,7 @@ KINDS += [
     ("lora", f"{router}@{where}")
     for router in ROUTERS.names()
     for where, settings in WHERE.items()
-    if where and takes(router, settings)
+    if where and not ROUTERS[router].reads_prompt and takes(router, settings)
 ]
 TASKS = ["scan", "sentiment", "scan"]
 """Names that the routers of the files in configs/ know."""

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 import molora
 from molora.model import adapter_parameters, sites
+from molora.prompt import Prompt, prompt_from_labels
+from molora.route import decide
 from molora.routers import OBJECTIVES, ROUTERS
 from tests.registered import (
     LOSSES,
@@ -132,23 +134,27 @@ def by_plain_autograd(
 ) -> dict[str, Tensor]:
     """Loss plus the weighted mean of the objective, from the inputs of the sites."""
     model = build(make, router, [])
-    inputs: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
     for path, site in sites(model).items():
         site.register_forward_pre_hook(
-            lambda m, args, path=path: inputs.update({path: args[0]})
+            lambda m, args, path=path: read.update({path: args[0]})
         )
-    loss = model(**data).loss
+    with molora.tasks(model, TASKS):
+        loss = model(**data).loss
     context = molora.context.ForwardContext(
-        data["attention_mask"].bool(), tuple(TASKS), rows=len(data["input_ids"])
+        data["attention_mask"].bool(),
+        tuple(TASKS),
+        rows=len(data["input_ids"]),
+        prompt=Prompt(prompt_from_labels(data["labels"]), None, "labels"),
     )
     for path, site in sites(model).items():
-        x = inputs[path]
+        x = read[path]
         assert site.router is not None
-        routing = site.router(x.flatten(0, 1), context)
+        routing = decide(site.router, x, context)
         weight_T = context.token_weights(x.shape, path)
         rows = context.token_rows(x.shape, path)
         value = objective(kind)(routing, weight_T, rows)
-        loss = loss + WEIGHT * value / len(inputs)
+        loss = loss + WEIGHT * value / len(read)
     loss.backward()
     return gradients(model)
 

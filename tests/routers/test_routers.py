@@ -271,7 +271,7 @@ def test_all_tokens_to_one_expert_is_that_expert_alone() -> None:
 
 def test_every_router_is_registered_with_its_paper() -> None:
     for name, entry in ROUTERS.entries().items():
-        assert entry.paper.startswith("arXiv:"), name
+        assert entry.paper.startswith(("arXiv:", "openreview:")), name
         assert entry.summary.endswith((".", ")")), name
     with pytest.raises(ValueError, match="'soft' is registered twice"):
         ROUTERS.register("soft", paper="arXiv:1")(ROUTERS["soft"])

@@ -20,6 +20,7 @@ from molora.model import adapter_parameters, sites
 Factory = Callable[..., PreTrainedModel]
 E, N = 4, 2
 NAMES = ["sql", "chat"]
+PROMPT_READERS = [{"input": "sequence"}, {"kind": "hmora"}]
 
 
 def build(make: Factory, targets: Any = "all-linear", **router: Any) -> Any:
@@ -266,9 +267,10 @@ def test_sequence_gradient_is_that_of_the_definition(tiny_llama: Factory) -> Non
         assert near(got, want) and want.abs().max() > 1e-3
 
 
-def test_the_cache_keeps_the_prompt(tiny_llama: Factory) -> None:
+@pytest.mark.parametrize("router", PROMPT_READERS)
+def test_the_cache_keeps_the_prompt(router: Any, tiny_llama: Factory) -> None:
     """Prefill and single steps equal one forward with the prompt named."""
-    model = build(tiny_llama, input="sequence", scope="block")
+    model = build(tiny_llama, **router, scope="block")
     tokens, prompt = ids(), 4
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     mask[:, :prompt] = True
@@ -284,8 +286,11 @@ def test_the_cache_keeps_the_prompt(tiny_llama: Factory) -> None:
         assert not near(model(tokens).logits[:, -1], want[:, -1])
 
 
-def test_the_prompt_follows_the_rows_of_the_cache(tiny_llama: Factory) -> None:
-    model = build(tiny_llama, input="sequence")
+@pytest.mark.parametrize("router", PROMPT_READERS)
+def test_the_prompt_follows_the_rows_of_the_cache(
+    router: Any, tiny_llama: Factory
+) -> None:
+    model = build(tiny_llama, **router)
     tokens = ids()
     with torch.no_grad():
         out = model(tokens[:, :4], use_cache=True)
@@ -298,9 +303,12 @@ def test_the_prompt_follows_the_rows_of_the_cache(tiny_llama: Factory) -> None:
     assert near(got.logits, want.logits[[2, 0, 1]])
 
 
+@pytest.mark.parametrize("router", PROMPT_READERS)
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generation_is_that_of_rows_alone(beams: int, tiny_llama: Factory) -> None:
-    model = build(tiny_llama, input="sequence", scope="model")
+def test_generation_is_that_of_rows_alone(
+    router: Any, beams: int, tiny_llama: Factory
+) -> None:
+    model = build(tiny_llama, **router, scope="model")
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams}
     settings |= {"do_sample": False, "pad_token_id": 0}
     rows = [ids()[0], ids()[1, :4], ids()[2, :2]]
@@ -337,7 +345,7 @@ def test_an_unknown_prompt_is_refused(tiny_llama: Factory) -> None:
         model(ids())
 
 
-@pytest.mark.parametrize("router", [{"scope": "block"}, {"input": "sequence"}])
+@pytest.mark.parametrize("router", [{"scope": "block"}, *PROMPT_READERS])
 def test_saved_and_loaded(router: Any, tiny_llama: Factory, tmp_path: Any) -> None:
     model = build(tiny_llama, **router).float()
     model.save_pretrained(tmp_path / "a")

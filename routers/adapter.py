@@ -95,13 +95,16 @@ class AdapterRouter(AbstractRouter):
                 f"{what}; run inside molora.tasks(model, [...]) with names of "
                 f"{[*self.adapters, self.BASE]}"
             )
-        gates_TE = _one_hot(
+        # a graph keeps nothing outside itself
+        compiling = torch.compiler.is_compiling()
+        one_hot = _one_hot.__wrapped__ if compiling else _one_hot
+        gates_TE = one_hot(
             rows.tasks,
             self.adapters,
             x.shape[0] // rows.num_rows,
             torch.promote_types(x.dtype, torch.float32),
             x.device,
-            torch.is_inference_mode_enabled(),
+            not compiling and torch.is_inference_mode_enabled(),
         )
         return Routing(gates_TE, gates_TE, gates_TE, top_k=1)
 

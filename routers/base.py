@@ -67,13 +67,11 @@ class Routing(NamedTuple):
 
     def per_token(self, repeats: int) -> "Routing":
         """The routing of rows as that of their tokens, equally many each."""
-        rows = self._asdict()
-        spread = {
-            name: values.repeat_interleave(repeats, 0)
-            for name, values in rows.items()
-            if isinstance(values, Tensor)
-        }
-        return self._replace(**spread)
+        values: list[Any] = [
+            value.repeat_interleave(repeats, 0) if isinstance(value, Tensor) else value
+            for value in self
+        ]
+        return Routing(*values)
 
 
 class RouterConfig(Schema):

@@ -128,7 +128,7 @@ class HMoRARouter(AbstractRouter):
         task_TE = rows_BE.repeat_interleave(len(x) // len(rows_BE), 0)
         full_TE = (1 - share) * torch.softmax(logits_TE, -1) + share * task_TE
         gates_TE = self.select(full_TE)
-        return Routing(gates_TE, full_TE, logits_TE, self.config.top_k, rows_BE)
+        return Routing(gates_TE, full_TE, logits_TE, self.config.top_k, rows=rows_BE)
 
     def select(self, full: Tensor) -> Tensor:
         """Gates from the mixed distribution, [T, E] both."""

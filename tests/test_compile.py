@@ -19,12 +19,12 @@ MASK = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
 
 
 def wrapped(
-    make: Factory, router: str = "topk", dropout: float = 0.0, **more: Any
+    make: Factory, kind: str = "topk", dropout: float = 0.0, **more: Any
 ) -> Any:
     raw = {
         "target_modules": ["up_proj", "down_proj"],
         "experts": {"kind": "lora", "num_experts": 4, "r": 2, "lora_dropout": dropout},
-        "router": router_settings(router),
+        "router": router_settings(kind),
     }
     model: Any = make(num_hidden_layers=1)
     molora.wrap(model, molora.AdapterConfig.from_dict(raw | more))
@@ -74,7 +74,43 @@ def test_inference_is_one_graph_and_equals_eager(tiny_llama: Factory) -> None:
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("router", ROUTED)
+ELSEWHERE: dict[str, tuple[str, dict[str, Any]]] = {
+    "block": ("topk", {"scope": "block"}),
+    "model": ("topk", {"scope": "model"}),
+    "whole FFNs": ("topk", {"scope": "block", "mix": "block"}),
+    "task": ("topk", {"input": "task", "tasks": ["scan", "sentiment"]}),
+    "adapter": ("adapter", {}),
+    "moelora": ("moelora", {}),
+}
+
+
+@pytest.mark.parametrize("name", list(ELSEWHERE))
+def test_other_scopes_and_inputs_are_one_graph(name: str, tiny_llama: Factory) -> None:
+    kind, settings = ELSEWHERE[name]
+    model = wrapped(
+        tiny_llama,
+        target_modules=["gate_proj", "up_proj", "down_proj"],
+        **{"router": router_settings(kind, **settings)},
+    )
+    with molora.tasks(model, ["scan", "sentiment"]):
+        given = {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
+        with torch.inference_mode():
+            want, got = (f(**given).logits for f in (model, compiled(model)))
+        torch.testing.assert_close(got, want)
+        model.train()
+        expected = step(model, model)
+        torch.testing.assert_close(step(model, compiled(model)), expected)
+
+
+BY_TOKEN = [
+    name
+    for name in ROUTED
+    # these ask the forward of the model for tasks or a prompt
+    if name not in ("adapter", "moelora", "hmora")
+]
+
+
+@pytest.mark.parametrize("router", BY_TOKEN)
 def test_a_layer_with_each_router(router: str, tiny_llama: Factory) -> None:
     site = next(iter(sites(wrapped(tiny_llama, router)).values())).train()
     # arrow keeps what it took from the experts, and looks at them outside the graph

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import molora
 from molora.errors import ConfigError, RoutingError
-from molora.kernels import dispatch
+from molora.kernels import choice, dispatch
 from molora.kernels.cost_model import Machine
 from molora.model import adapter_parameters, sites
 from tests.oracle import DTYPES, Layer, load, near
@@ -110,20 +110,20 @@ def test_the_cost_follows_the_adapters_in_use(
     )
     # a machine on which only multiplications take time
     rates = Machine(gemm=1e9, grouped=1e9, bandwidth=1e15, launch=0.0)
-    monkeypatch.setattr(dispatch.machine, "cpu", lambda *args: rates)
+    monkeypatch.setattr(choice.machine, "cpu", lambda *args: rates)
     taken: list[tuple[str, int]] = []
-    choose = dispatch._choose
+    choose = dispatch.choose
 
     def watch(*args: Any) -> str:
         taken.append((choose(*args), args[-2]))
         return taken[-1][0]
 
-    monkeypatch.setattr(dispatch, "_choose", watch)
-    dispatch._known_on_cpu.cache_clear()
+    monkeypatch.setattr(dispatch, "choose", watch)
+    choice._known_on_cpu.cache_clear()
     x = torch.randn(8, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), molora.tasks(model, [f"ad{i}" for i in range(8)]):
         model(x)
-    dispatch._known_on_cpu.cache_clear()
+    choice._known_on_cpu.cache_clear()
     assert taken == [("sorted", 1)]
 
 

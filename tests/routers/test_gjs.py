@@ -20,7 +20,7 @@ def gjs(routing: Routing, mask: Tensor | None = None, **settings: Any) -> Tensor
 
 
 def soft(probs: Tensor, rows: Tensor | None = None) -> Routing:
-    return Routing(probs, None, probs.log(), None, rows)
+    return Routing(probs, None, probs.log(), None, rows=rows)
 
 
 P = torch.tensor(
@@ -83,7 +83,7 @@ def test_gradient_agrees_with_differences() -> None:
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0]).double()
 
     def value(z: Tensor, w: Tensor) -> Tensor:
-        return gjs(Routing(z, None, z, None, torch.softmax(w, -1)), mask)
+        return gjs(Routing(z, None, z, None, rows=torch.softmax(w, -1)), mask)
 
     leaves = [z.requires_grad_(), w.requires_grad_()]
     assert torch.autograd.gradcheck(value, leaves)

@@ -88,6 +88,21 @@ def lowrank_mixture(
     return run(x, base, A, Bt, gates, scale, Options(name, top_k, dropout, seed))
 
 
+def form_of(
+    x: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    gates: Tensor | None,
+    scale: float | Tensor,
+    top_k: int | None = None,
+) -> str:
+    """Name of the backend that ``auto`` takes for a call without dropout.
+
+    Arguments and errors are those of ``lowrank_mixture``.
+    """
+    return choose("auto", x, A, Bt, gates, scale, None, top_k, False)
+
+
 def _passes_through(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the gradient of x can be left to the end of the frozen layer."""
     return (

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from molora.ffn import Slots
     from molora.records import RoutingTrace, SiteStats
     from molora.routers.base import Routing
+    from molora.shared_shrink import Shrunk
 
 
 class TokenRows(NamedTuple):
@@ -52,6 +53,8 @@ class ForwardContext:
         means: Means of the prompt that sites have read in this forward.
         routes: Routings of this forward that sites share, by the site that made them.
         slots: The same as slots of whole-FFN experts; see molora.ffn.
+        shrunk: What layers that read one tensor share; see molora.shared_shrink.
+        shrink_plans: Which layers took part in that when the forward ran.
     """
 
     mask_BS: Tensor | None = None
@@ -64,6 +67,10 @@ class ForwardContext:
         default_factory=dict, repr=False, compare=False
     )
     slots: "dict[str, Slots]" = field(default_factory=dict, repr=False, compare=False)
+    shrunk: "dict[str, Shrunk]" = field(default_factory=dict, repr=False, compare=False)
+    shrink_plans: dict[str, frozenset[str]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
     _weights: dict[tuple[int, ...], Tensor | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

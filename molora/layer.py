@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from molora import shared_shrink
 from molora.config import SiteConfig
 from molora.context import ForwardContext, Runtime, in_backward
 from molora.errors import RoutingError, WrapError
@@ -51,6 +52,10 @@ class MoloraLinear(nn.Module):
             of routers.
         generator: CPU generator that draws the initial values.
         leader: Layer whose routing this one follows; None where it routes for itself.
+
+    Attributes:
+        followers: Layers that follow this one's routing.
+        reads_same: Paths of those that read this one's tensor, as far as noted.
     """
 
     router: AbstractRouter | None
@@ -85,6 +90,8 @@ class MoloraLinear(nn.Module):
         )
         # in a tuple: the leader is no part of this module
         self._leader = () if leader is None else (leader,)
+        self.followers: list[MoloraLinear] = []
+        self.reads_same: set[str] = set()
         self.router = None
         if site.experts.num_experts > 1 and leader is None:
             by_task = site.router.input == "task"
@@ -171,8 +178,7 @@ class MoloraLinear(nn.Module):
             y = self._in_ffn(x, routing, context)
             shape = y.shape
         else:
-            base = self._base(x, x_TI, routing.gates)
-            y = self.experts(x_TI, routing.gates, base, routing.top_k)
+            y = self._updated(x, x_TI, routing, context)
         if watched:
             # sums of tokens are not for half precision, which autocast would use
             with torch.autocast(y.device.type, enabled=False):
@@ -204,6 +210,20 @@ class MoloraLinear(nn.Module):
         if self.router.config.scope != "site":
             context.routes[self.path] = routing
         return routing
+
+    def _updated(
+        self, x: Tensor, x_TI: Tensor, routing: Routing, context: ForwardContext
+    ) -> Tensor:
+        """Base output plus update, [T, O]."""
+        decider = self.decider
+        assert decider is not None
+        if decider.config.scope == "block":
+            shared = shared_shrink.update(self, x, routing, context)
+            if shared is not None:
+                return shared
+        base = self._base(x, x_TI, routing.gates)
+        y: Tensor = self.experts(x_TI, routing.gates, base, routing.top_k)
+        return y
 
     def _in_ffn(self, x: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
         """The layer's part in an FFN whose experts run side by side; see ffn.py."""

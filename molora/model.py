@@ -83,6 +83,9 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
             generator=generator_of(seed, path),
             leader=banks.get(leader_of.get(path, path)),
         )
+        leader = banks[path].leader
+        if leader is not None:
+            leader.followers.append(banks[path])
         router = banks[path].router
         if router is not None:
             router.place(depth[path])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from molora.base_pass import BasePass, BaseState
 from molora.errors import RoutingError
 from molora.prompt import Means, Prompt, prompt_mean, read_prompt
 from molora.token_mask import mask_from_attention
@@ -49,7 +50,9 @@ class ForwardContext:
         rows: B; None when the arguments do not tell.
         prompt: What the forward tells of the prompt, for routers that read it.
         means: Means of the prompt that sites have read in this forward.
-        routes: Routings of this forward that sites share, by the site that made them.
+        routes: Routings of this forward that sites share, by the site that made them;
+            those of a first pass by the site they are for.
+        base: What is known of its first pass.
     """
 
     mask_BS: Tensor | None = None
@@ -61,6 +64,7 @@ class ForwardContext:
     routes: "dict[str, Routing]" = field(
         default_factory=dict, repr=False, compare=False
     )
+    base: BaseState = field(default_factory=BaseState, repr=False, compare=False)
     _weights: dict[tuple[int, ...], Tensor | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -193,6 +197,8 @@ class Runtime:
         tasks: Tasks that ``molora.tasks`` set for the next forwards.
         prompts: Tokens that ``molora.prompts`` named as the prompt, [B, S].
         reads_prompt: Whether some router reads the prompt.
+        shares: Whether some sites share a routing.
+        base_pass: The first pass, where some router reads it.
         trace: Active ``record_routing``, if any.
         stats: Per-site training statistics; None when nobody reads them.
     """
@@ -204,6 +210,8 @@ class Runtime:
     tasks: tuple[str, ...] | None = None
     prompts: Tensor | None = None
     reads_prompt: bool = False
+    shares: bool = False
+    base_pass: BasePass | None = None
     trace: "RoutingTrace | None" = None
     stats: "dict[str, SiteStats] | None" = None
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from molora.base_pass import BasePass, hidden_width
 from molora.config import AdapterConfig
 from molora.context import Runtime
 from molora.errors import WrapError
@@ -61,7 +62,11 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
     reads_prompt = any(router.reads_prompt for router in routers) or any(
         settings[path].router.input == "sequence" for path in leader_of
     )
-    runtime = Runtime(reads_prompt=reads_prompt)
+    shares = any(settings[path].router.scope != "site" for path in leader_of)
+    runtime = Runtime(reads_prompt=reads_prompt, shares=shares)
+    first = [p for p in leader_of if ROUTERS[settings[p].router.kind].reads_base_pass]
+    if first:
+        runtime.base_pass = BasePass(hidden_width(model), tuple(first))
     if config.balance and not leader_of:
         raise WrapError(
             "balance: every target layer has one expert after the overrides, so there "
@@ -81,6 +86,8 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
             generator=generator_of(seed, path),
             leader=banks.get(leader_of.get(path, path)),
         )
+    if runtime.base_pass is not None:
+        runtime.base_pass.leader = banks[first[0]]
     for bank in banks.values():
         if config.train == "newest":
             split_newest(bank)

@@ -61,6 +61,13 @@ def objective_settings(kind: str, weight: float = 1.0) -> dict[str, Any]:
     return _settings(OBJECTIVES, kind, {"weight": weight})
 
 
+def takes(kind: str, num_experts: int = 4, **given: Any) -> bool:
+    """Whether a router means something with these settings of every router."""
+    cls = ROUTERS[kind]
+    made = cls.Config.from_dict(router_settings(kind, **given))
+    return cls.check(made, num_experts) is None
+
+
 def value(objective: Any, routing: Routing, weight_T: Tensor | None) -> Tensor:
     """An objective on tokens of one row, whose task is given where it is read."""
     rows = TokenRows(1, (TASKS[0],)) if objective.needs_tasks else None

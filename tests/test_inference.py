@@ -16,6 +16,7 @@ import molora
 from molora.experts import EXPERTS, BilinearExperts
 from molora.model import adapter_parameters, sites
 from molora.routers import ROUTERS
+from tests.registered import takes
 
 Factory = Callable[..., PreTrainedModel]
 KINDS = [
@@ -35,7 +36,7 @@ KINDS += [
     ("lora", f"{router}@{where}")
     for router in ROUTERS.names()
     for where in WHERE
-    if where and not ROUTERS[router].own_site
+    if where and takes(router, **WHERE[where])
 ]
 TASKS = ["sql", "chat", "sql"]
 

@@ -138,11 +138,11 @@ def follow(
         )
     tokens = x.numel() // x.shape[-1]
     if tokens != len(routing.gates):
+        other = "" if early else ", or set router.scope: site"
         raise RoutingError(
             f"site {path!r} sees {tokens} tokens and follows the routing of "
             f"{leader.site!r} (router.scope: {scope}), which saw "
-            f"{len(routing.gates)}; add it to exclude_modules, or set router.scope: "
-            "site"
+            f"{len(routing.gates)}; add it to exclude_modules{other}"
         )
     if torch.is_grad_enabled() != routing.gates.requires_grad:
         _refuse_lost_gradient(leader, path)

@@ -16,9 +16,9 @@ from molora.model import adapter_parameters
 Factory = Callable[..., PreTrainedModel]
 
 
-def build(make: Factory, layerwise: bool = False) -> Any:
+def build(make: Factory, layerwise: bool = False, targets: Any = "all-linear") -> Any:
     raw = {
-        "target_modules": "all-linear",
+        "target_modules": targets,
         "experts": {"kind": "lora", "num_experts": 3, "r": 2},
         "router": {"kind": "xlora", "layerwise": layerwise},
     }
@@ -169,3 +169,26 @@ def test_a_forward_inside_another_is_refused(inside: str, tiny_llama: Factory) -
 
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_guessed_tokens_are_taken_back(tiny_gpt2: Factory) -> None:
+    """Prompt lookup crops the cache; beams reorder it; on another kind of model."""
+    model = build(tiny_gpt2, layerwise=True)
+    tokens = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    want = model.generate(tokens, **settings, use_cache=False)
+    got = model.generate(tokens, **settings, prompt_lookup_num_tokens=3)
+    assert torch.equal(got, want)
+    beams = [
+        model.generate(tokens, **settings, num_beams=3, use_cache=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*beams)
+
+
+def test_a_site_that_sees_other_tokens_is_refused(tiny_llama: Factory) -> None:
+    model = build(tiny_llama, targets=["q_proj", "lm_head"])
+    with torch.no_grad():
+        assert model(ids()).logits.shape == (3, 6, 128)
+        with pytest.raises(RoutingError, match="sees 3 .* add it to exclude_modules$"):
+            model(ids(), logits_to_keep=1)

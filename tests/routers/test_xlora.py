@@ -265,6 +265,9 @@ def test_saved_loaded_and_copied(
         router_of(model).layers[0].weight.zero_()
         assert torch.equal(twin(ids()).logits, want)
         assert not torch.equal(model(ids()).logits, want)
+        folders = molora.export_peft_experts(twin, tmp_path / "b")
+        back = molora.import_peft(tiny_llama(), folders, router=tmp_path / "b").eval()
+        assert torch.equal(back(ids()).logits, want)
 
 
 def test_merge_collapse_and_unwrap(tiny_llama: Factory) -> None:

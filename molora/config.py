@@ -315,6 +315,7 @@ def _check_objectives(
     for i, objective in enumerate(balance):
         router = ROUTERS[site.router.kind]
         reason = OBJECTIVES[objective.kind].check(objective, router, experts)
+        reason = reason or router.check_balance(site.router)
         if reason:
             told = f" (at {where[:-1]})" if where else ""
             raise ConfigError(f"balance[{i}]{told}: {reason}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from molora.base_pass import BasePass, BaseState
 from molora.errors import RoutingError
 from molora.prompt import Means, Prompt, prompt_mean, read_prompt
 from molora.token_mask import mask_from_attention
@@ -51,10 +52,12 @@ class ForwardContext:
         rows: B; None when the arguments do not tell.
         prompt: What the forward tells of the prompt, for routers that read it.
         means: Means of the prompt that sites have read in this forward.
-        routes: Routings of this forward that sites share, by the site that made them.
+        routes: Routings of this forward that sites share, by the site that made them;
+            those of a first pass by the site they are for.
         slots: The same as slots of whole-FFN experts; see molora.ffn.
         shrunk: What layers that read one tensor share; see molora.shared_shrink.
         shrink_plans: Which layers took part in that when the forward ran.
+        base: What is known of its first pass.
     """
 
     mask_BS: Tensor | None = None
@@ -71,6 +74,7 @@ class ForwardContext:
     shrink_plans: dict[str, frozenset[str]] = field(
         default_factory=dict, repr=False, compare=False
     )
+    base: BaseState = field(default_factory=BaseState, repr=False, compare=False)
     _weights: dict[tuple[int, ...], Tensor | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -207,6 +211,8 @@ class Runtime:
         tasks: Tasks that ``molora.tasks`` set for the next forwards.
         prompts: Tokens that ``molora.prompts`` named as the prompt, [B, S].
         reads_prompt: Whether some router reads the prompt.
+        shares: Whether some sites share a routing.
+        base_pass: The first pass, where some router reads it.
         trace: Active ``record_routing``, if any.
         stats: Per-site training statistics; None when nobody reads them.
     """
@@ -218,6 +224,8 @@ class Runtime:
     tasks: tuple[str, ...] | None = None
     prompts: Tensor | None = None
     reads_prompt: bool = False
+    shares: bool = False
+    base_pass: BasePass | None = None
     trace: "RoutingTrace | None" = None
     stats: "dict[str, SiteStats] | None" = None
 

@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from molora.banks import generator_of
 from molora.config import AdapterConfig
 from molora.errors import ConfigError, WrapError
 from molora.freezing import set_trainable, split_newest, whole_parameters
 from molora.layer import MoloraLinear
-from molora.model import generator_of, sites
+from molora.model import sites
 from molora.routers import OBJECTIVES
 
 M = TypeVar("M", bound=nn.Module)

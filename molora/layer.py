@@ -94,10 +94,17 @@ class MoloraLinear(nn.Module):
         self.reads_same: set[str] = set()
         self.router = None
         if site.experts.num_experts > 1 and leader is None:
+            kind = ROUTERS[site.router.kind]
             by_task = site.router.input == "task"
-            self.router = ROUTERS[site.router.kind](
+            wide = {"in_features": self.in_features}
+            if by_task:
+                wide = {"in_features": len(site.router.tasks)}
+            elif kind.reads_base_pass:
+                assert runtime.base_pass is not None
+                wide = runtime.base_pass.sizes
+            self.router = kind(
                 site.router,
-                in_features=len(site.router.tasks) if by_task else self.in_features,
+                **wide,
                 num_experts=site.experts.num_experts,
                 site=path,
                 generator=generator,
@@ -200,7 +207,7 @@ class MoloraLinear(nn.Module):
         Raises:
             RoutingError: See ``molora.route``.
         """
-        if self.router is None:
+        if self.router is None or self.router.reads_base_pass:
             decider = self.decider
             assert decider is not None
             slots = x.shape[-2] if self.ends_ffn else 1

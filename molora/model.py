@@ -4,7 +4,6 @@ Wrapping replaces the target layers in place and swaps the model's class for a s
 of the same name (wrapped.py).
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -12,16 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from molora.banks import make_banks
 from molora.config import AdapterConfig
 from molora.context import Runtime
 from molora.errors import WrapError
-from molora.ffn import check_ffn, ffns
 from molora.freezing import set_trainable, split_newest
 from molora.layer import MoloraLinear
-from molora.layout import depths
 from molora.records import RoutingTrace
-from molora.route import leaders
-from molora.routers import OBJECTIVES, ROUTERS
 from molora.targets import find_targets
 from molora.wrapped import adapter_parameters as adapter_parameters
 from molora.wrapped import attach, detach
@@ -53,45 +49,11 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
     """
     check_wrappable(model)
     targets = find_targets(model, config)
-    names = [name for name, _ in model.named_modules()]
     if config.layout is not None:
+        names = [name for name, _ in model.named_modules()]
         layout = config.layout.placed(names, list(targets))
         config = config.model_copy(update={"layout": layout})
-    settings, depth = {path: config.site(path) for path in targets}, depths(names)
-    leader_of = leaders(settings)
-    routers = [ROUTERS[settings[path].router.kind] for path in leader_of]
-    reads_prompt = any(router.reads_prompt for router in routers) or any(
-        settings[path].router.input == "sequence" for path in leader_of
-    )
-    runtime = Runtime(reads_prompt=reads_prompt)
-    if config.balance and not leader_of:
-        raise WrapError(
-            "balance: every target layer has one expert after the overrides, so there "
-            "is nothing to balance; drop the balance block"
-        )
-    share = 1 / max(len(set(leader_of.values())), 1)
-    objectives = [(OBJECTIVES[o.kind](o), o.weight * share) for o in config.balance]
-    banks: dict[str, MoloraLinear] = {}
-    for path, base in targets.items():
-        # leaders come first in model order
-        banks[path] = MoloraLinear(
-            base,
-            settings[path],
-            path=path,
-            runtime=runtime,
-            objectives=objectives,
-            generator=generator_of(seed, path),
-            leader=banks.get(leader_of.get(path, path)),
-        )
-        leader = banks[path].leader
-        if leader is not None:
-            leader.followers.append(banks[path])
-        router = banks[path].router
-        if router is not None:
-            router.place(depth[path])
-    for group in ffns(banks).values():
-        check_ffn(model, group)
-        list(group.values())[-1].ends_ffn = True
+    banks, runtime = make_banks(model, targets, config, seed)
     for bank in banks.values():
         if config.train == "newest":
             split_newest(bank)
@@ -302,12 +264,6 @@ def check_wrappable(model: nn.Module) -> None:
             f"the base is quantised by {type(quantizer).__name__}, which cannot be "
             "trained through; load the base another way"
         )
-
-
-def generator_of(seed: int, path: str) -> torch.Generator:
-    """Generator seeded by the seed and the module path."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -125,7 +125,14 @@ def follow(
             out of reach of the gradient.
     """
     scope = leader.config.scope
-    routing = context.routes.get(leader.site)
+    early = leader.reads_base_pass
+    routing = context.routes.get(path if early else leader.site)
+    if routing is None and early:
+        raise RoutingError(
+            f"site {path!r} is routed by the first pass of a forward of the model "
+            f"(router.kind {leader.config.kind!r}), and there was none; call the whole "
+            "model"
+        )
     if routing is None:
         raise RoutingError(
             f"site {path!r} follows the routing of {leader.site!r} (router.scope: "
@@ -133,13 +140,13 @@ def follow(
             "the whole model, or set router.scope: site"
         )
     if tokens != len(routing.gates):
+        other = "" if early else ", or set router.scope: site"
         raise RoutingError(
             f"site {path!r} sees {tokens} tokens and follows the routing of "
             f"{leader.site!r} (router.scope: {scope}), which saw "
-            f"{len(routing.gates)}; add it to exclude_modules, or set router.scope: "
-            "site"
+            f"{len(routing.gates)}; add it to exclude_modules{other}"
         )
-    if torch.is_grad_enabled() and not routing.gates.requires_grad:
+    if torch.is_grad_enabled() != routing.gates.requires_grad:
         _refuse_lost_gradient(leader, path)
     return routing
 
@@ -148,7 +155,7 @@ def _refuse_lost_gradient(leader: AbstractRouter, path: str) -> None:
     """A reentrant checkpoint cuts what was computed before it off from its gradient."""
     if any(p.requires_grad for p in leader.parameters()):
         raise RoutingError(
-            f"site {path!r} follows the routing of {leader.site!r}, which was computed "
-            "without a gradient: activation checkpointing with use_reentrant=True cuts "
-            "it off. Set gradient_checkpointing_kwargs: {use_reentrant: false}"
+            f"site {path!r} follows the routing of {leader.site!r}, which no gradient "
+            "reaches: activation checkpointing with use_reentrant=True cuts it off. "
+            "Set gradient_checkpointing_kwargs: {use_reentrant: false}"
         )

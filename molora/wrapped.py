@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molora.base_pass import keep_base, refuse_reentry, runs_twice
 from molora.config import AdapterConfig
 from molora.context import ContextCheckpoint, Runtime, forward_context
 from molora.errors import WrapError
@@ -206,24 +207,34 @@ class _EnterForward(_ContextHook):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         runtime = self.runtime
+        refuse_reentry(runtime, module)
         # an interrupt skips the leaving hook, so an own context found here is stale
         if runtime.current is None or runtime.owner == id(module):
             arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
             runtime.current = forward_context(arguments, runtime, module.training)
             runtime.owner = id(module)
+            if runtime.base_pass is not None and not runtime.disabled:
+                runtime.base_pass.run(module, arguments, runtime)
 
 
 class _LeaveForward(_ContextHook):
     """Drop the context when the forward that made it ends, also by an exception."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.runtime.owner == id(module):
-            context, self.runtime.current = self.runtime.current, None
-            self.runtime.owner = None
-            # output is None after an exception
+        runtime = self.runtime
+        # output is None after an exception, which may be that of a refused re-entry
+        if runtime.owner == id(module) and not (
+            output is None and runtime.shares and runs_twice(module)
+        ):
+            context, runtime.current = runtime.current, None
+            runtime.owner = None
             cache = getattr(output, "past_key_values", None)
-            if context is not None and context.means and cache is not None:
+            if context is None or cache is None:
+                return
+            if context.means:
                 keep_means(cache, context.means)
+            if context.base.cache is not None:
+                keep_base(cache, context.base.cache)
 
 
 def _remove_hook(module: nn.Module, key: int) -> None:

@@ -24,3 +24,4 @@ from molora.routers.soft import SoftRouter as SoftRouter
 from molora.routers.threshold import ThresholdRouter as ThresholdRouter
 from molora.routers.topk import TopKRouter as TopKRouter
 from molora.routers.topp import TopPRouter as TopPRouter
+from molora.routers.xlora import XLoRARouter as XLoRARouter

@@ -159,6 +159,9 @@ class AbstractRouter(nn.Module, abc.ABC):
     """Whether it belongs to one target layer and its tokens, for any other use."""
     reads_prompt: ClassVar[bool] = False
     """Whether it asks the context for the prompt, whatever its input."""
+    reads_base_pass: ClassVar[bool] = False
+    """Whether it routes all its sites at once, by the hidden state that a first pass of
+    the base model gives (molora/base_pass.py): it has ``routings``."""
     capacity: float | None = None
     bias_E: Tensor | None
     load_E: Tensor | None = None
@@ -189,6 +192,11 @@ class AbstractRouter(nn.Module, abc.ABC):
                     "experts of its own layer and that layer's tokens; drop it, or set "
                     "router.kind to topk or soft"
                 )
+        return None
+
+    @classmethod
+    def check_balance(cls, config: RouterConfig) -> str | None:
+        """Say why balance objectives mean nothing with this config, or return None."""
         return None
 
     @classmethod

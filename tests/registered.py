@@ -65,20 +65,18 @@ def router_settings(kind: str, **given: Any) -> dict[str, Any]:
     return _settings(ROUTERS, kind, given)
 
 
-def takes(kind: str, settings: dict[str, Any]) -> bool:
-    """Whether a router of four experts can be given these settings."""
-    if kind == "none":
-        return False
-    cls = ROUTERS[kind]
-    if settings.get("input", inputs(kind)[0]) not in inputs(kind):
-        return False
-    config = cls.Config.from_dict(router_settings(kind, **settings))
-    return cls.check(config, 4) is None
-
-
 def objective_settings(kind: str, weight: float = 1.0) -> dict[str, Any]:
     """One entry of the balance block of a config."""
     return _settings(OBJECTIVES, kind, {"weight": weight})
+
+
+def takes(kind: str, num_experts: int = 4, **given: Any) -> bool:
+    """Whether a router means something with these settings of every router."""
+    if given.get("input", inputs(kind)[0]) not in inputs(kind):
+        return False
+    cls = ROUTERS[kind]
+    made = cls.Config.from_dict(router_settings(kind, **given))
+    return cls.check(made, num_experts) is None
 
 
 def value(objective: Any, routing: Routing, weight_T: Tensor | None) -> Tensor:

@@ -38,7 +38,7 @@ KINDS += [
     ("lora", f"{router}@{where}")
     for router in ROUTERS.names()
     for where, settings in WHERE.items()
-    if where and not ROUTERS[router].reads_prompt and takes(router, settings)
+    if where and not ROUTERS[router].reads_prompt and takes(router, **settings)
 ]
 TASKS = ["scan", "sentiment", "scan"]
 """Names that the routers of the files in configs/ know."""

@@ -131,10 +131,18 @@ def _logits_are_unread(model: nn.Module) -> bool:
 def hooked(
     model: nn.Module, found: dict[str, MoloraLinear], hook: Callable[..., None]
 ) -> Iterator[None]:
-    """Call hook(site, inputs, output) after the forward of each of the sites."""
+    """Call hook(site, inputs, output) after the forward of each of the sites.
+
+    Not while the adapter is off, as it is in the first pass of a forward.
+    """
+
+    def adapted(site: MoloraLinear, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if not site.runtime.disabled:
+            hook(site, args, y)
+
     with contextlib.ExitStack() as stack:
         for site in found.values():
-            stack.callback(site.register_forward_hook(hook).remove)
+            stack.callback(site.register_forward_hook(adapted).remove)
         yield
 
 

@@ -82,19 +82,6 @@ class BasePassLayer(DummyLayer):
 
 
 @dataclass
-class BaseState:
-    """What one forward knows of its first pass.
-
-    Attributes:
-        cache: Cache of the first pass, if it has one.
-        entered: Whether the body has begun its forward proper.
-    """
-
-    cache: Any = None
-    entered: bool = False
-
-
-@dataclass
 class BasePass:
     """The first pass of a wrapped model.
 
@@ -146,7 +133,7 @@ class BasePass:
                 f"last hidden state of shape {found} in the first pass, and the router "
                 f"reads {self.width} features; this model cannot be routed so"
             )
-        context.base.cache = getattr(out, "past_key_values", None)
+        context.base["cache"] = getattr(out, "past_key_values", None)
         for path, routing in zip(
             self.paths,
             router.routings(hidden.reshape(-1, self.width)),  # type: ignore[operator]
@@ -263,11 +250,11 @@ def refuse_reentry(runtime: "Runtime", module: nn.Module) -> None:
     if context is None or runtime.disabled or not runtime.shares:
         return
     is_outer = runtime.owner == id(module)
-    again = runs_twice(module) if is_outer else context.base.entered
+    again = runs_twice(module) if is_outer else context.base.get("entered", False)
     if again:
         raise RoutingError(
             f"a forward of {type(module).__name__} began inside another one of the "
             "same model, whose target layers share one routing; let the first forward "
             "end before the next one begins, or use a copy of the model"
         )
-    context.base.entered = not is_outer and runtime.base_pass is not None
+    context.base["entered"] = not is_outer and runtime.base_pass is not None

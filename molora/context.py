@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molora.base_pass import BasePass, BaseState
+from molora.base_pass import BasePass
 from molora.errors import RoutingError
 from molora.prompt import Means, Prompt, prompt_mean, read_prompt
 from molora.token_mask import mask_from_attention
@@ -57,7 +57,8 @@ class ForwardContext:
         slots: The same as slots of whole-FFN experts; see molora.ffn.
         shrunk: What layers that read one tensor share; see molora.shared_shrink.
         shrink_plans: Which layers took part in that when the forward ran.
-        base: What is known of its first pass.
+        base: Of its first pass, the "cache", and whether the body has "entered" its
+            forward proper.
     """
 
     mask_BS: Tensor | None = None
@@ -74,7 +75,7 @@ class ForwardContext:
     shrink_plans: dict[str, frozenset[str]] = field(
         default_factory=dict, repr=False, compare=False
     )
-    base: BaseState = field(default_factory=BaseState, repr=False, compare=False)
+    base: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _weights: dict[tuple[int, ...], Tensor | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

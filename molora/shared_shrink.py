@@ -8,7 +8,7 @@ tensor computes its own.
 
 Not shared: in training with dropout (each layer has a mask of its own), factors that
 experts share, calls for which ``lowrank_mixture`` takes another form than the
-concatenated one, and compiled graphs.
+concatenated one, compiled graphs, and ``torch.inference_mode``.
 
 Shape legend
     T tokens   R ranks together   I, O features
@@ -54,7 +54,8 @@ def update(
     Returns:
         [T, O].
     """
-    if torch.compiler.is_compiling():
+    # a tensor of inference mode does not tell when it was changed in place
+    if torch.compiler.is_compiling() or x.is_inference():
         return None
     leader = site.leader or site
     if leader is site:

@@ -233,8 +233,8 @@ class _LeaveForward(_ContextHook):
                 return
             if context.means:
                 keep_means(cache, context.means)
-            if context.base.cache is not None:
-                keep_base(cache, context.base.cache)
+            if context.base.get("cache") is not None:
+                keep_base(cache, context.base["cache"])
 
 
 def _remove_hook(module: nn.Module, key: int) -> None:

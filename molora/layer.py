@@ -8,7 +8,6 @@ Shape legend
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from molora import shared_shrink
 from molora.config import SiteConfig
 from molora.context import ForwardContext, Runtime, in_backward
-from molora.errors import RoutingError, WrapError
-from molora.experts import EXPERTS, AbstractExperts, BilinearExperts
+from molora.errors import RoutingError
+from molora.experts import EXPERTS, AbstractExperts
 from molora.ffn import enter, leave, slots_of
 from molora.kernels import Layer
+from molora.mergeable import MergeableLinear
 from molora.records import SiteStats
 from molora.route import decide, follow
 from molora.routers import ROUTERS, Routing
@@ -40,7 +40,7 @@ def sizes(base: nn.Module) -> tuple[int, int]:
     return (a, b) if isinstance(base, Conv1D) else (b, a)
 
 
-class MoloraLinear(nn.Module):
+class MoloraLinear(MergeableLinear):
     """One target layer with its bank.
 
     Args:
@@ -73,14 +73,11 @@ class MoloraLinear(nn.Module):
         generator: torch.Generator,
         leader: "MoloraLinear | None" = None,
     ):
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.in_features, self.out_features = sizes(base)
         self.path = path
         self.runtime = runtime
         self.objectives = list(objectives)
-        self.backup: Tensor | None = None
-        self.backup_bias: Tensor | None = None
         experts = EXPERTS[site.experts.kind]
         self.experts: AbstractExperts = experts(
             site.experts,
@@ -131,21 +128,6 @@ class MoloraLinear(nn.Module):
         router = self.router if self.leader is None else self.leader.router
         assert router is not None
         return router
-
-    @property
-    def weight(self) -> Any:
-        """Weight of the base layer, for code that looks at its dtype or device."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Any:
-        """Bias of the base layer."""
-        return self.base.bias
-
-    @property
-    def merged(self) -> bool:
-        """Whether the update is folded into the base weight."""
-        return self.backup is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """Base output plus the routed update.
@@ -335,73 +317,3 @@ class MoloraLinear(nn.Module):
                 "no gradient path to the router. Unfreeze the router, or drop the "
                 "objective from the config."
             )
-
-    def delta_weight(self) -> Tensor:
-        """Dense update of the only expert, [O, I] float32.
-
-        Raises:
-            WrapError: The bank has several experts, so no single update exists.
-        """
-        if self.experts.num_experts > 1:
-            advice = "run molora.collapse first"
-            if not isinstance(self.experts, BilinearExperts):
-                advice = "save the mixture itself, or train one expert, which merges"
-            raise WrapError(
-                f"site {self.path!r} routes among {self.experts.num_experts} experts "
-                f"per token, which no single weight equals; {advice}"
-            )
-        weight = self._weight_OI()
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return self.experts.delta_weight(0, wide)
-
-    def _weight_OI(self) -> Tensor:
-        """Weight of the frozen layer before any merge."""
-        weight = self.base_weight()
-        return weight.t() if isinstance(self.base, Conv1D) else weight
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the update into base weight and bias; keep the original bytes."""
-        assert self.backup is None
-        delta_OI = self.delta_weight()
-        weight, bias = self.base.weight, self.base.bias
-        assert isinstance(weight, nn.Parameter)
-        delta = delta_OI.t() if isinstance(self.base, Conv1D) else delta_OI
-        merged = self._sum(weight, delta)
-        delta_O = None
-        if isinstance(bias, nn.Parameter):
-            delta_O = self.experts.delta_bias(0, bias)
-        if isinstance(bias, nn.Parameter) and delta_O is not None:
-            merged_bias = self._sum(bias, delta_O)
-            self.backup_bias = bias.detach().clone()
-            bias.copy_(merged_bias)
-        self.backup = weight.detach().clone()
-        weight.copy_(merged)
-
-    def _sum(self, values: Tensor, delta: Tensor) -> Tensor:
-        """Add in the wider dtype, return in that of the values."""
-        wide = torch.promote_types(values.dtype, delta.dtype)
-        merged = (values.to(wide) + delta).to(values.dtype)
-        if not torch.isfinite(merged).all():
-            raise WrapError(f"site {self.path!r}: the merged weight is not finite")
-        return merged
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the original bytes back."""
-        assert self.backup is not None
-        weight = self.base.weight
-        assert isinstance(weight, nn.Parameter)
-        weight.copy_(self.backup)
-        self.backup = None
-        if self.backup_bias is not None:
-            bias = self.base.bias
-            assert isinstance(bias, nn.Parameter)
-            bias.copy_(self.backup_bias)
-            self.backup_bias = None
-
-    def base_weight(self) -> Tensor:
-        """Weight of the frozen layer as it was before any merge."""
-        weight = self.base.weight if self.backup is None else self.backup
-        assert isinstance(weight, Tensor)
-        return weight.detach()

@@ -1,5 +1,6 @@
 """Names to classes. Registration demands the paper; a duplicate name is an error."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -9,6 +10,9 @@ from molora.schema import nearest
 
 T = TypeVar("T")
 
+_LIMITATIONS = "Limitations:"
+"""How the paragraph on them begins in the docstring of a registered class."""
+
 
 @dataclass(frozen=True)
 class Entry(Generic[T]):
@@ -17,6 +21,13 @@ class Entry(Generic[T]):
     cls: type[T]
     paper: str
     summary: str
+
+    @property
+    def limitations(self) -> str:
+        """What the class says of its limits, in one line; empty where it has none."""
+        paragraphs = inspect.cleandoc(self.cls.__doc__ or "").split("\n\n")
+        found = [text for text in paragraphs if text.startswith(_LIMITATIONS)]
+        return " ".join(found[0][len(_LIMITATIONS) :].split()) if found else ""
 
 
 class Registry(Generic[T]):

@@ -24,7 +24,11 @@ from transformers import (
 
 import molora
 from molora.cli import app, main
+from molora.collapse import COLLAPSERS
+from molora.config import read_yaml
 from molora.model import sites
+from molora.systems import SYSTEMS, System
+from tests.registered import CONFIGS
 
 COLOURS = ["red", "green", "blue"]
 COUNT = ["one", "two", "three"]
@@ -476,6 +480,22 @@ def test_methods_lists_every_name_with_its_paper(
         ["collapse", "calibrated", "arXiv:2212.09849"],
     ):
         assert any(line[:3] == row for line in lines)
+    for system in SYSTEMS:
+        # a cell may be folded at a space
+        row = ["system", system.name.split(" ")[0], system.paper]
+        assert any(line[:3] == row for line in lines), system.name
+    text = " ".join(words_of(COLLAPSERS.entries()["select"].limitations))
+    assert text == "what the other experts learned is lost."
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=[s.name for s in SYSTEMS])
+def test_a_system_is_what_its_yaml_says(system: System) -> None:
+    if system.config is not None:
+        path = CONFIGS / system.config
+        head = path.read_text().partition("\nseed:")[0]
+        assert system.paper in head
+        kind = read_yaml(path)["adapter"]["router"]["kind"]
+        assert kind in system.made_of or system.name == "Mixture-of-LoRAs"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 from rich.table import Table
+from rich.text import Text
 
 import molora
 from molora.checkpoint import verify
@@ -18,6 +19,7 @@ from molora.registry import Registry
 from molora.routers import OBJECTIVES, ROUTERS
 from molora.run_config import RunConfig
 from molora.saved import SavedAdapter, read_adapter
+from molora.systems import SYSTEMS
 from molora.training.data import build_mixture, load_task_rows
 from molora.training.tasks import Split
 from molora.usage import layer_of
@@ -32,15 +34,28 @@ REGISTRIES: dict[str, Registry[Any]] = {
 
 
 def methods() -> None:
-    """Print every registered name with its paper."""
+    """Print every registered name, and systems made of them, with their papers."""
     table = Table(title="Registered methods")
-    for head in ("where", "name", "paper", "what"):
+    for head in ("where", "name", "paper", "what, and its limitations"):
         table.add_column(head, overflow="fold", no_wrap=head in ("where", "name"))
     for kind, registry in REGISTRIES.items():
         for name, entry in registry.entries().items():
-            table.add_row(kind, name, entry.paper, entry.summary)
+            what = _what(entry.summary, entry.limitations)
+            table.add_row(kind, name, entry.paper, what)
         table.add_section()
+    for system in SYSTEMS:
+        made = system.made_of + (f" (configs/{system.config})" if system.config else "")
+        what = _what(made, system.limitations)
+        table.add_row("system", system.name, system.paper, what)
     session.out.print(table)
+
+
+def _what(summary: str, limitations: str) -> Text:
+    """A cell: what it is, and fainter what it is not."""
+    text = Text(summary)
+    if limitations:
+        text.append(f"\n{limitations}", style="dim")
+    return text
 
 
 def inspect(folder: Path) -> None:

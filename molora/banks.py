@@ -83,6 +83,13 @@ def _runtime(model: nn.Module, routed: Mapping[str, SiteConfig]) -> Runtime:
         or any(kind.reads_prompt for kind in kinds.values()),
         shares=any(config.scope != "site" for config in configs),
     )
+    two_streams = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if two_streams and (runtime.reads_prompt or runtime.shares):
+        raise WrapError(
+            f"{type(model).__name__} has an encoder beside its decoder: layers that "
+            "share a routing may see the tokens of either, and which of them are the "
+            "prompt is not defined. Set router.scope: site and router.input: token"
+        )
     reading = tuple(path for path, kind in kinds.items() if kind.reads_base_pass)
     if reading:
         runtime.base_pass = BasePass(hidden_width(model), reading)

@@ -224,20 +224,27 @@ def hidden_width(model: nn.Module) -> int:
     return width
 
 
+def _running(frame: Any, module_id: int | None) -> int:
+    """How many forwards of a module stand on the stack that ends in a frame."""
+    call, found = nn.Module._call_impl.__code__, 0
+    while frame is not None:
+        found += frame.f_code is call and id(frame.f_locals.get("self")) == module_id
+        frame = frame.f_back
+    return found
+
+
+def is_running(module_id: int | None) -> bool:
+    """Whether a forward of the module with this id runs on this thread."""
+    return _running(sys._getframe(), module_id) > 0
+
+
 def runs_twice(module: nn.Module) -> bool:
     """Whether two forwards of a module are running now, in any thread.
 
     An interrupt can leave notes of a forward that is over; what runs is on a stack.
     """
-    call = nn.Module._call_impl.__code__
-    running = 0
-    for top in sys._current_frames().values():
-        frame: Any = top
-        while frame is not None:
-            if frame.f_code is call and frame.f_locals.get("self") is module:
-                running += 1
-            frame = frame.f_back
-    return running > 1
+    frames = sys._current_frames().values()
+    return sum(_running(frame, id(module)) for frame in frames) > 1
 
 
 def refuse_reentry(runtime: "Runtime", module: nn.Module) -> None:

@@ -10,6 +10,7 @@ Shape legend
 """
 
 import math
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -212,6 +213,7 @@ class Runtime:
         tasks: Tasks that ``molora.tasks`` set for the next forwards.
         prompts: Tokens that ``molora.prompts`` named as the prompt, [B, S].
         reads_prompt: Whether some router reads the prompt.
+        identity: Tells caches that this adapter filled from others.
         shares: Whether some sites share a routing.
         base_pass: The first pass, where some router reads it.
         trace: Active ``record_routing``, if any.
@@ -225,6 +227,7 @@ class Runtime:
     tasks: tuple[str, ...] | None = None
     prompts: Tensor | None = None
     reads_prompt: bool = False
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     shares: bool = False
     base_pass: BasePass | None = None
     trace: "RoutingTrace | None" = None
@@ -329,5 +332,7 @@ def forward_context(
         source, mask_BS = "labels", mask_from_labels(labels)
     prompt = None
     if runtime.reads_prompt and not runtime.disabled:
-        prompt = read_prompt(arguments, mask_BS, runtime.prompts, training)
+        prompt = read_prompt(
+            arguments, mask_BS, runtime.prompts, training, runtime.identity
+        )
     return ForwardContext(mask_BS, runtime.tasks, source, rows, prompt)

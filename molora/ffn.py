@@ -145,8 +145,9 @@ def check_ffn(model: nn.Module, group: Mapping[str, "MoloraLinear"]) -> None:
     told = f"router.mix: block: {path!r} cannot be an expert as a whole"
     if missing:
         raise WrapError(
-            f"{told}, because its layers {missing} are no targets; add them to "
-            "target_modules, or set router.mix: layer there in an override"
+            f"{told}, because it also holds {missing}, which have no experts; give "
+            "them experts if they are layers of the FFN, or set router.mix: layer "
+            "there in an override"
         )
     for site_path, site in group.items():
         if not site.experts.takes_layer:
@@ -158,6 +159,11 @@ def check_ffn(model: nn.Module, group: Mapping[str, "MoloraLinear"]) -> None:
         raise WrapError(
             f"{told}: it does not end in a layer as wide as its input; set "
             "router.mix: layer there in an override"
+        )
+    if first.base_weight().is_meta:
+        raise WrapError(
+            f"{told} before its weights are there, because the FFN is run once to "
+            "check it; load the weights first"
         )
     if not _maps_tokens(block, first):
         raise WrapError(

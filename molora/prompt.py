@@ -2,9 +2,11 @@
 
     s[b] = sum_t p[b, t] x[b, t] / sum_t p[b, t]        p = 1 at tokens of the prompt
 
-Everything up to the first supervised token is the prompt in training; at inference it
-is what the first forward with a cache holds. The mean then stays with the cache, so
-that later tokens route as the prompt did.
+Everything up to the first supervised token is the prompt in training, and what
+``generate`` was called with at inference; in a forward by hand without labels it is
+the whole input, unless ``molora.prompts`` names it. The mean stays with the key-value
+cache, so that later tokens route as the prompt did; what was named for a filled cache
+is not read.
 
 Shape legend
     B rows   S positions   I in features
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import DummyLayer
 
 from molora.errors import RoutingError
@@ -29,11 +32,12 @@ class PromptLayer(DummyLayer):
 
     Args:
         means: By site.
+        adapter: Identity of the adapter that they belong to.
     """
 
-    def __init__(self, means: Means):
+    def __init__(self, means: Means, adapter: str):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.means = means
+        self.means, self.adapter = means, adapter
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
@@ -66,11 +70,13 @@ class Prompt:
         mask_BS: True at its tokens, as given or told by labels; None: all that is real.
         kept: Means that the cache brought along; None when this forward reads them.
         source: Where ``mask_BS`` came from, for messages.
+        positions: S of the forward; None where it is not known.
     """
 
     mask_BS: Tensor | None
     kept: Means | None
     source: str
+    positions: int | None = None
 
     def of_rows(
         self,
@@ -93,22 +99,32 @@ class Prompt:
         Raises:
             RoutingError: The site does not see every position, or a row has no prompt.
         """
-        prompt_BS = torch.ones(*shape, dtype=torch.bool, device=device)
+        rows, positions = shape
+        if self.positions not in (None, positions):
+            raise RoutingError(
+                f"site {site!r} sees {positions} of the {self.positions} positions of "
+                "a forward, and router.input: sequence reads the whole prompt; add the "
+                "site to exclude_modules"
+            )
+        prompt_BS = torch.ones(rows, positions, dtype=torch.bool, device=device)
         for mask_BS in (self.mask_BS, real_BS):
             if mask_BS is None:
                 continue
-            if mask_BS.shape[1] != shape[1] or mask_BS.shape[0] not in (1, shape[0]):
+            if mask_BS.shape[1] != positions or rows % mask_BS.shape[0]:
                 raise RoutingError(
-                    f"site {site!r}: its input of {shape[0]} rows by {shape[1]} "
-                    f"positions does not line up with the prompt "
-                    f"{tuple(mask_BS.shape)}, so router.input: sequence cannot be used "
-                    "there; add the site to exclude_modules"
+                    f"router.input: sequence: the prompt {tuple(mask_BS.shape)} "
+                    f"({self.source}) does not fit an input of {rows} rows by "
+                    f"{positions} positions; a prompt that is filled in chunks, or "
+                    "named with other rows, cannot be routed"
                 )
-            prompt_BS = prompt_BS & mask_BS.to(device)
+            # beams repeat each row
+            repeats = rows // mask_BS.shape[0]
+            prompt_BS = prompt_BS & mask_BS.to(device).repeat_interleave(repeats, 0)
         if not prompt_BS.any(1).all():
             raise RoutingError(
                 f"router.input: sequence: a row has no prompt ({self.source}); every "
-                "row needs a real token before its first supervised one"
+                "row needs a real token before its first supervised one, or one that "
+                "molora.prompts names"
             )
         return prompt_BS
 
@@ -118,14 +134,17 @@ def read_prompt(
     real_BS: Tensor | None,
     given_BS: Tensor | None,
     training: bool,
+    adapter: str,
 ) -> Prompt:
     """Tell the prompt from the arguments of a forward, before it runs.
 
     Args:
         arguments: Keyword arguments of the model's forward.
         real_BS: The token mask; None when all are real.
-        given_BS: What ``molora.prompts`` named; wins over labels.
+        given_BS: What ``molora.prompts`` named; wins over labels. Positions that come
+            after it are no prompt.
         training: Whether the model is in training mode.
+        adapter: Identity of the adapter, which the means in a cache must carry.
 
     Raises:
         RoutingError: Rows are packed, the cache was filled without this adapter, or a
@@ -133,7 +152,7 @@ def read_prompt(
     """
     cache, labels = arguments.get("past_key_values"), arguments.get("labels")
     if cache is not None and bool(cache.get_seq_length() > 0):
-        kept = _kept_means(cache)
+        kept = _kept_means(cache, adapter)
         if kept is None:
             raise RoutingError(
                 "router.input: sequence: the cache was filled without this adapter, so "
@@ -141,17 +160,23 @@ def read_prompt(
             )
         return Prompt(None, kept, "the cache")
     _refuse_packed(arguments.get("position_ids"), real_BS)
+    inputs = arguments.get("input_ids")
+    inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+    positions = inputs.shape[1] if isinstance(inputs, Tensor) else None
     if given_BS is not None:
-        return Prompt(given_BS, None, "as given to molora.prompts")
+        later = 0 if positions is None else max(positions - given_BS.shape[1], 0)
+        given_BS = F.pad(given_BS, (0, later))
+        return Prompt(given_BS, None, "as given to molora.prompts", positions)
     if isinstance(labels, Tensor) and labels.dim() == 2:
-        return Prompt(prompt_from_labels(labels), None, "as told by labels")
+        told_BS = prompt_from_labels(labels)
+        return Prompt(told_BS, None, "as told by labels", positions)
     if training:
         raise RoutingError(
             "router.input: sequence: in training the prompt of a row ends where labels "
             "begin, and this forward has no labels; pass labels, or run it inside "
             "molora.prompts(model, mask)"
         )
-    return Prompt(None, None, "all real tokens")
+    return Prompt(None, None, "all real tokens", positions)
 
 
 def _refuse_packed(position_ids: Any, real_BS: Tensor | None) -> None:
@@ -167,14 +192,18 @@ def _refuse_packed(position_ids: Any, real_BS: Tensor | None) -> None:
         )
 
 
-def _kept_means(cache: Any) -> Means | None:
-    """What a cache keeps of its prompt; None where it has not seen one."""
-    layers = getattr(cache, "layers", None) or []
-    found = [layer for layer in layers if isinstance(layer, PromptLayer)]
+def _kept_means(cache: Any, adapter: str) -> Means | None:
+    """What a cache keeps of its prompt; None where this adapter has not seen one."""
+    found = [layer for layer in _prompt_layers(cache) if layer.adapter == adapter]
     return found[0].means or None if found else None
 
 
-def keep_means(cache: Any, means: Means) -> None:
+def _prompt_layers(cache: Any) -> list[PromptLayer]:
+    layers = getattr(cache, "layers", None) or []
+    return [layer for layer in layers if isinstance(layer, PromptLayer)]
+
+
+def keep_means(cache: Any, means: Means, adapter: str) -> None:
     """Leave the means of a prompt in the cache that the prompt filled.
 
     Raises:
@@ -188,11 +217,11 @@ def keep_means(cache: Any, means: Means) -> None:
             "use_cache=False"
         )
     means = {site: mean_BI.detach() for site, mean_BI in means.items()}
-    found = [layer for layer in layers if isinstance(layer, PromptLayer)]
+    found = _prompt_layers(cache)
     if found:
-        found[0].means = means
+        found[0].means, found[0].adapter = means, adapter
     else:
-        layers.append(PromptLayer(means))
+        layers.append(PromptLayer(means, adapter))
 
 
 def prompt_from_labels(labels: Tensor) -> Tensor:

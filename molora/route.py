@@ -99,10 +99,10 @@ def _one_hot(router: AbstractRouter, x: Tensor, context: ForwardContext) -> Tens
     tasks = context.token_rows(x.shape, router.site).tasks
     missing = sorted(set(tasks or ()) - set(known))
     if tasks is None or missing:
+        what = f"{missing} are unknown" if tasks else "none is given"
         raise RoutingError(
-            f"site {router.site!r}: router.input: task needs the task of every row, "
-            f"and knows {known}, not {missing}; run inside "
-            "molora.tasks(model, [...])"
+            f"site {router.site!r}: router.input: task needs the task of every row and "
+            f"knows {known}; {what}. Run inside molora.tasks(model, [...])"
         )
     index_B = torch.tensor([known.index(task) for task in tasks], device=x.device)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -136,8 +136,10 @@ def follow(
     if routing is None:
         raise RoutingError(
             f"site {path!r} follows the routing of {leader.site!r} (router.scope: "
-            f"{scope}), which has not run before it in this forward of the model; call "
-            "the whole model, or set router.scope: site"
+            f"{scope}), which has not run before it in this forward: either the layer "
+            "was called by itself (call the whole model), or this model runs its "
+            "layers in another order than they are registered in (set router.scope: "
+            "site)"
         )
     if tokens != len(routing.gates):
         other = "" if early else ", or set router.scope: site"

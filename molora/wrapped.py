@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from molora.base_pass import keep_base, refuse_reentry, runs_twice
+from molora.base_pass import is_running, keep_base, refuse_reentry, runs_twice
 from molora.config import AdapterConfig
 from molora.context import ContextCheckpoint, Runtime, forward_context
 from molora.errors import WrapError
@@ -70,6 +71,26 @@ class MoloraModel:
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+
+def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Generate as the model does; routers that read the prompt are told where it ends.
+
+    Arguments and result are those of the model's own ``generate``.
+    """
+    runtime, cls = self.molora_runtime, self.__dict__["_molora_state"]["cls"]
+    if not runtime.reads_prompt or runtime.prompts is not None:
+        return cls.generate(self, *args, **kwargs)
+    names = ("inputs", "input_ids", "inputs_embeds")
+    given = [*args[:1], *(kwargs.get(name) for name in names)]
+    inputs = next((part for part in given if isinstance(part, Tensor)), None)
+    # without an input, generation begins with one token
+    size = (1, 1) if inputs is None else inputs.shape[:2]
+    runtime.prompts = torch.ones(*size, dtype=torch.bool)
+    try:
+        return cls.generate(self, *args, **kwargs)
+    finally:
+        runtime.prompts = None
 
 
 def _refuse(name: str) -> Any:
@@ -158,11 +179,9 @@ def attach(
     model.__dict__["_molora_state"] = state
     model.__dict__["molora_config"] = config
     model.__dict__["molora_runtime"] = runtime
-    model.__class__ = type(
-        cls.__name__,
-        (MoloraModel, cls),
-        {"__module__": cls.__module__, "__qualname__": cls.__qualname__},
-    )
+    own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    generate = {"generate": _generate} if hasattr(cls, "generate") else {}
+    model.__class__ = type(cls.__name__, (MoloraModel, cls), own | generate)
     for module in model.modules():
         func = module.__dict__.get("_gradient_checkpointing_func")
         if func is not None:
@@ -208,13 +227,18 @@ class _EnterForward(_ContextHook):
     ) -> None:
         runtime = self.runtime
         refuse_reentry(runtime, module)
-        # an interrupt skips the leaving hook, so an own context found here is stale
-        if runtime.current is None or runtime.owner == id(module):
+        # an interrupt skips the leaving hook, so what is found here may be stale
+        if runtime.current is None or runtime.owner == id(module) or _is_over(runtime):
             arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
             runtime.current = forward_context(arguments, runtime, module.training)
             runtime.owner = id(module)
             if runtime.base_pass is not None and not runtime.disabled:
                 runtime.base_pass.run(module, arguments, runtime)
+
+
+def _is_over(runtime: Runtime) -> bool:
+    """Whether the forward that made the current context runs no more."""
+    return not torch.compiler.is_compiling() and not is_running(runtime.owner)
 
 
 class _LeaveForward(_ContextHook):
@@ -228,13 +252,20 @@ class _LeaveForward(_ContextHook):
         ):
             context, runtime.current = runtime.current, None
             runtime.owner = None
-            cache = getattr(output, "past_key_values", None)
+            cache = _cache_of(output)
             if context is None or cache is None:
                 return
             if context.means:
-                keep_means(cache, context.means)
+                keep_means(cache, context.means, runtime.identity)
             if context.base.get("cache") is not None:
                 keep_base(cache, context.base["cache"])
+
+
+def _cache_of(output: Any) -> Any:
+    """The key-value cache among what a forward returned, if any."""
+    if isinstance(output, tuple):
+        return next((part for part in output if isinstance(part, Cache)), None)
+    return getattr(output, "past_key_values", None)
 
 
 def _remove_hook(module: nn.Module, key: int) -> None:

@@ -275,7 +275,7 @@ def test_what_is_no_ffn_is_refused(tiny_llama: Factory) -> None:
         build(
             tiny_llama, router, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
         )
-    with pytest.raises(WrapError, match=r"\['gate_proj'\] are no targets"):
+    with pytest.raises(WrapError, match=r"\['gate_proj'\], which have no exp"):
         build(tiny_llama, router, target_modules=["up_proj", "down_proj"])
     with pytest.raises(WrapError, match="act on the layer's input"):
         build(tiny_llama, router, experts={"kind": "ia3", "num_experts": 4})

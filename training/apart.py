@@ -51,7 +51,7 @@ def is_apart(model: nn.Module) -> bool:
 
 
 def _check(path: str, site: MoloraLinear, first: MoloraLinear) -> None:
-    config = None if site.router is None else site.router.config
+    config = None if site.decider is None else site.decider.config
     assert first.router is not None
     if config != first.router.config:
         raise TrainingError(

@@ -93,13 +93,17 @@ def replace_banks(
     found = sites(model)
     assert banks.keys() == found.keys()
     before = [(s, s.experts, s.router, s.objectives) for s in found.values()]
-    old_config = model.molora_config
+    old_config, runtime = model.molora_config, model.molora_runtime
+    asked = runtime.reads_prompt, runtime.shares
 
     def undo() -> None:
+        runtime.reads_prompt, runtime.shares = asked
         for site, experts, router, objectives in before:
             site.experts, site.router, site.objectives = experts, router, objectives
         model.__dict__["molora_config"] = old_config
 
+    # nothing is routed any more
+    runtime.reads_prompt = runtime.shares = False
     for path, bank in banks.items():
         found[path].experts, found[path].router = bank, None
         found[path].objectives = []

@@ -13,6 +13,7 @@ import molora
 from molora.commands import session
 from molora.errors import ConfigError
 from molora.page import Prompts, save_page
+from molora.prompt import prompt_from_labels
 from molora.records import RoutingTrace
 from molora.report import RoutingReport, TokenStrip, pieces, save_heatmap, token_strip
 from molora.run_config import RunConfig
@@ -164,7 +165,8 @@ def _task_trace(
     with molora.record_routing(model, keep_tokens=False) as trace, torch.no_grad():
         for name, rows in session.progress(work, "Routing"):
             batch = collate(rows)
-            with molora.tasks(model, [name] * len(rows)):
+            told = molora.prompts(model, prompt_from_labels(batch["labels"]))
+            with molora.tasks(model, [name] * len(rows)), told:
                 model(
                     input_ids=batch["input_ids"].to(model.device),
                     attention_mask=batch["attention_mask"].to(model.device),

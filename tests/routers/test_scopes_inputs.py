@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import molora
 from molora.context import ForwardContext
@@ -352,3 +357,96 @@ def test_saved_and_loaded(router: Any, tiny_llama: Factory, tmp_path: Any) -> No
     again = molora.load(tiny_llama(), tmp_path / "a").eval()
     with torch.no_grad():
         assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "without a cache": {"use_cache": False},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "static cache": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("kind", ["topk", "hmora"])
+@pytest.mark.parametrize("way", list(WAYS))
+def test_every_way_to_generate_has_the_same_prompt(
+    way: str, kind: str, tiny_llama: Factory
+) -> None:
+    router = {"input": "sequence"} if kind == "topk" else {"epsilon": 0}
+    model = build(tiny_llama, kind=kind, **router)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    prompt = ids()[:1].repeat(1, 2)
+    want = model.generate(prompt, pad_token_id=0, **settings)
+    got = model.generate(prompt, pad_token_id=0, **settings, **WAYS[way])
+    assert torch.equal(got, want)
+
+
+def test_chunks_of_a_prompt_are_refused(tiny_llama: Factory) -> None:
+    model = build(tiny_llama, input="sequence")
+    with pytest.raises(RoutingError, match="filled in chunks"):
+        model.generate(ids()[:1], max_new_tokens=2, prefill_chunk_size=2)
+
+
+def test_named_prompts_follow_beams(tiny_llama: Factory) -> None:
+    model = build(tiny_llama, input="sequence")
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    settings = {"max_new_tokens": 3, "num_beams": 3, "do_sample": False}
+    want = model.generate(ids(2), pad_token_id=0, **settings)
+    with molora.prompts(model, mask):
+        assert torch.equal(model.generate(ids(2), pad_token_id=0, **settings), want)
+
+
+def test_a_collapsed_model_asks_for_no_prompt(tiny_llama: Factory) -> None:
+    model = build(tiny_llama, input="sequence")
+    molora.collapse(model, method="linear", rank=2, show_progress=False)
+    assert model.generate(ids()[:1], max_new_tokens=4, pad_token_id=0).shape[1] > 6
+    assert model.train()(ids()).logits.shape == (3, 6, 128)
+
+
+def test_caches_of_other_adapters_are_refused(tiny_llama: Factory) -> None:
+    model, other = (build(tiny_llama, input="sequence") for _ in range(2))
+    with torch.no_grad():
+        cache = other(ids(), use_cache=True).past_key_values
+        with pytest.raises(RoutingError, match="cache was filled without"):
+            model(ids()[:, :1], past_key_values=cache)
+        # outputs as a tuple keep the prompt as well
+        parts = model(ids(), use_cache=True, return_dict=False)
+        assert model(ids()[:, :1], past_key_values=parts[1]).logits.shape[1] == 1
+
+
+def test_a_site_behind_a_slice_is_refused(tiny_llama: Factory) -> None:
+    model = build(tiny_llama, ["q_proj", "lm_head"], input="sequence")
+    with torch.no_grad():
+        assert model(ids()).logits.shape[1] == 6
+        with pytest.raises(RoutingError, match="lm_head.*sees 1 of the 6 positions"):
+            model(ids(), logits_to_keep=1)
+
+
+def test_an_interrupted_forward_leaves_nothing(tiny_llama: Factory) -> None:
+    model = build(tiny_llama, input="sequence")
+    with torch.no_grad():
+        want = model.model(ids()).last_hidden_state
+
+        def interrupt(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        mask = torch.zeros(3, 6, dtype=torch.bool)
+        mask[:, :2] = True
+        with pytest.raises(KeyboardInterrupt), molora.prompts(model, mask):
+            model(ids())
+        hook.remove()
+        assert near(model.model(ids()).last_hidden_state, want)
+
+
+def test_two_streams_of_tokens_are_refused() -> None:
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    raw = {
+        "target_modules": ["q", "k"],
+        "experts": {"kind": "lora", "num_experts": 2},
+        "router": {"kind": "soft", "scope": "block"},
+    }
+    settings = molora.AdapterConfig.from_dict(raw)
+    with pytest.raises(WrapError, match="has an encoder beside its decoder"):
+        molora.wrap(T5ForConditionalGeneration(config), settings)

@@ -103,9 +103,9 @@ def atomic_text(target: Path, text: str) -> None:
         text: All of it.
 
     Raises:
-        OSError: It cannot be written; then target is what it was.
+        OSError: It cannot be written, or is no regular file; target is what it was.
     """
-    target = target.resolve()
+    target = file_to_write(target)
     temp = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         temp.write_text(text, encoding="utf-8")
@@ -114,6 +114,24 @@ def atomic_text(target: Path, text: str) -> None:
     finally:
         temp.unlink(missing_ok=True)
     _fsync(target.parent)
+
+
+def file_to_write(target: Path) -> Path:
+    """The regular file that ``atomic_text`` writes for target, links followed.
+
+    Raises:
+        OSError: Target is something else, or its folder cannot be written to.
+    """
+    # of links in a circle, realpath gives one
+    real = Path(os.path.realpath(target))
+    # a rename would put a file in the place of a device or a pipe
+    if real.is_symlink() or (target.exists() and not target.is_file()):
+        raise OSError(errno.EINVAL, "is no regular file; name another file")
+    if not real.parent.is_dir():
+        raise OSError(errno.ENOENT, f"there is no folder {real.parent}")
+    if not os.access(real.parent, os.W_OK):
+        raise OSError(errno.EACCES, f"no permission to write to {real.parent}")
+    return real
 
 
 @contextlib.contextmanager

@@ -53,7 +53,10 @@ Prompts = Annotated[
 ]
 Task = Annotated[
     str | None,
-    typer.Option(help="Task of the prompts, for routers that read it."),
+    typer.Option(
+        help="Task of the prompts; needed where routers read it. base: no adapter, for "
+        "router adapter."
+    ),
 ]
 Names = Annotated[
     list[str] | None,

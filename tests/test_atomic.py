@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from molora import atomic
-from molora.atomic import PENDING, atomic_folder, settle
+from molora.atomic import PENDING, atomic_folder, atomic_text, settle
 from molora.errors import CheckpointError
 from molora.manifest import check_manifest, write_manifest
 
@@ -378,3 +378,21 @@ def crash_at(count: int, target: Path, case: str) -> None:
         settle(target)
     else:
         save(target, "new", ("a.txt", "b.txt"))
+
+
+def test_a_text_replaces_regular_files_alone(tmp_path: Path) -> None:
+    pipe, link, loop = (tmp_path / name for name in ("pipe", "link", "loop"))
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    loop.symlink_to(loop)
+    for place in (pipe, link, loop, tmp_path, Path("/")):
+        with pytest.raises(OSError, match="is no regular file"):
+            atomic_text(place, "text")
+    assert pipe.is_fifo() and link.is_symlink()
+    with pytest.raises(OSError, match="there is no folder"):
+        atomic_text(tmp_path / "no" / "file", "text")
+    link.unlink()
+    link.symlink_to(tmp_path / "file")
+    for text in ("first", "second"):
+        atomic_text(link, text)
+        assert (tmp_path / "file").read_text() == text and link.is_symlink()

@@ -523,6 +523,10 @@ def test_a_system_is_what_its_yaml_says(system: System) -> None:
         (["generate", "RUN", "--prompt", "a", "--task", "nxt"], "Did you mean 'next'"),
         (["generate", "RUN", "--prompt", "a " * 40], "reads at most 32"),
         (["routes", "RUN", "--limit", "0"], "nothing to route"),
+        (["routes", "RUN", "--html", "/"], "/: cannot be written: is no regular"),
+        (["routes", "RUN", "--html", "/no/x.html"], "there is no folder /no"),
+        (["routes", "RUN", "--json", "OUT"], "OUT: cannot be written: is a folder"),
+        (["routes", "RUN", "--png", "/no/x.png"], "there is no folder /no"),
         (["collapse", "RUN", "collapse.method=svdd"], "Did you mean 'svd'"),
         (["inspect", "nowhere"], "no adapter in nowhere"),
         (["inspect", "OUT"], "OUT"),
@@ -545,6 +549,60 @@ def test_a_mistake_ends_with_2_and_one_message(
     assert message in error
     assert "Traceback" not in error
     assert error.count("Error: ") == 1
+
+
+@pytest.mark.parametrize("flag", ["--html", "--json", "--png"])
+def test_files_are_checked_before_anything_is_loaded(
+    run: Path, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[object] = []
+    monkeypatch.setattr("molora.commands.session.load_base", loads.append)
+    assert molora_cli("routes", run, flag, "/no/file") == 2
+    assert loads == []
+
+
+@pytest.fixture(scope="module")
+def named(folder: Path, run: Path) -> list[str]:
+    """Settings of a run whose rows name their adapter, trained for one step."""
+    settings = [
+        f"training.output_dir={folder / 'named'}",
+        "training.max_steps=1",
+        "adapter.experts.num_experts=2",
+        "adapter.router={kind: adapter, adapters: [judge, next]}",
+        "adapter.balance=[]",
+    ]
+    assert molora_cli("train", run, *settings) == 0
+    return settings
+
+
+def test_routers_that_read_the_task_need_one(
+    run: Path,
+    named: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = {}
+    short = ["--prompt", "two red :", "--max-new-tokens", 3]
+    for task in ("judge", "next", "base"):
+        capsys.readouterr()
+        assert molora_cli("generate", run, *named, *short, "--task", task) == 0
+        answers[task] = capsys.readouterr().out
+    numbers = tmp_path / "numbers.json"
+    files = ["--json", numbers, "--html", tmp_path / "page.html", "--limit", 2]
+    prompt = ["--prompt", "two red :"]
+    assert molora_cli("routes", run, *named, *prompt, "--task", "next", *files) == 0
+    assert json.loads(numbers.read_text())["prompts"][0]["experts"] == [1, 1, 1]
+    assert molora_cli("routes", run, *named, "--limit", 2) == 0
+    # nothing is loaded, and so nothing routed
+    monkeypatch.setattr("molora.commands.session.load_base", None)
+    for command in (["generate", *short[:2]], ["routes", *prompt, *files[2:4]]):
+        for task, message in {"": "with --task", "nxt": "Did you mean 'next'"}.items():
+            given = ["--task", task] if task else []
+            capsys.readouterr()
+            assert molora_cli(command[0], run, *named, *command[1:], *given) == 2
+            error = capsys.readouterr().err
+            assert message in error and "Tasks: judge, next, base" in error
 
 
 def test_another_exception_keeps_its_traceback(

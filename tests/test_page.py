@@ -1,6 +1,9 @@
 """The page of molora routes --html in a browser, against numbers worked out apart."""
 
+import errno
 import json
+import math
+import os
 import re
 import shutil
 import tomllib
@@ -495,32 +498,113 @@ def test_a_long_log_is_thinned_and_keeps_its_ends(
     assert found["sites"][0]["share"][-1] == last["share"]
 
 
-def test_a_damaged_log_is_refused(tmp_path: Path) -> None:
+LINE: dict[str, Any] = {
+    "step": 1,
+    "site": "a",
+    "mean_weight": [1, 0.0],
+    "share": [0.5, 0.5],
+}
+LINE["entropy"] = 0.5
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     log = tmp_path / "routing_log.jsonl"
-    log.write_text('{"step": 1, "site": "a"}\n{"step": 2, "si')
-    assert read_log(log) == [{"step": 1, "site": "a"}]
-    log.write_text('{"step": 1, "site": "a"}\n{"step"\n{"step": 2, "site": "a"}\n')
-    with pytest.raises(DataError, match="line 2"):
+    log.write_text(json.dumps(LINE) + '\n{"step": 2, "si')
+    assert read_log(log) == [LINE]
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        (b'{"step"', "is no JSON"),
+        (b'{"site": "caf\xe9"}', "is no JSON in UTF-8"),
+        (b"[1]", "dictionary"),
+        ({"step": []}, "step: "),
+        ({"step": "x"}, "step: "),
+        ({"step": True}, "step: "),
+        ({"site": None}, "site: "),
+        ({"share": None}, "share: "),
+        ({"share": [0.5]}, "differ in length"),
+        ({"mean_weight": ["1", 0.0]}, "mean_weight.0: "),
+        ({"entropy": None}, "entropy: "),
+        ({"entropy": 10**400}, "entropy: "),
+    ],
+)
+def test_a_damaged_log_is_refused(
+    tmp_path: Path, line: bytes | dict[str, Any], wrong: str
+) -> None:
+    log, good = tmp_path / "routing_log.jsonl", json.dumps(LINE).encode()
+    bad = line if isinstance(line, bytes) else json.dumps(LINE | line).encode()
+    log.write_bytes(good + b"\n" + bad + b"\n" + good + b"\n")
+    with pytest.raises(DataError, match=f"jsonl, line 2: .*{wrong}"):
         read_log(log)
-    log.write_text("[1]\n")
-    with pytest.raises(DataError, match="line 1"):
+
+
+@pytest.mark.parametrize("field", LINE)
+def test_a_log_without_a_field_is_refused(tmp_path: Path, field: str) -> None:
+    log = tmp_path / "routing_log.jsonl"
+    log.write_text(json.dumps({k: v for k, v in LINE.items() if k != field}) + "\n")
+    with pytest.raises(DataError, match=f"line 1: .*{field}: Field required"):
         read_log(log)
 
 
 def test_a_page_appears_whole_or_not_at_all(
-    tmp_path: Path, model: PreTrainedModel, trace: RoutingTrace
+    tmp_path: Path,
+    model: PreTrainedModel,
+    trace: RoutingTrace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     page, log = tmp_path / "page.html", tmp_path / "routing_log.jsonl"
     save_page(page, model, trace, title="first", log=log)
     whole = page.read_bytes()
     assert b"first" in whole
-    # half of a pair cannot be written as UTF-8
-    with pytest.raises(UnicodeEncodeError):
-        save_page(page, model, trace, title="\ud800", log=log)
+    with monkeypatch.context() as patch:
+        patch.setattr("molora.atomic._fsync", full)
+        with pytest.raises(ConfigError, match="No space left"):
+            save_page(page, model, trace, title="second", log=log)
     assert page.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     with pytest.raises(ConfigError, match="cannot be written"):
         save_page(tmp_path / "no" / "page.html", model, trace, title="", log=log)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for place in (pipe, tmp_path, Path("/")):
+        with pytest.raises(ConfigError, match="is no regular file"):
+            save_page(place, model, trace, title="", log=log)
+    assert pipe.is_fifo()
+
+
+def test_a_title_that_is_no_utf8_is_written(
+    tmp_path: Path, model: PreTrainedModel, trace: RoutingTrace
+) -> None:
+    page = tmp_path / "page.html"
+    title = os.fsdecode(b"caf\xe9")
+    save_page(page, model, trace, title=title, log=tmp_path / "none")
+    assert "<title>caf?</title>" in page.read_text("utf-8")
+
+
+def test_a_log_of_a_run_that_diverged_is_shown(
+    tmp_path: Path, model: PreTrainedModel, trace: RoutingTrace
+) -> None:
+    log, weights = tmp_path / "routing_log.jsonl", [[0.5] * 4, [math.nan] * 4]
+    entropies = [1.0, 0.5, math.inf, -math.inf]
+    rows = [
+        {"step": i // 2, "site": site, "entropy": entropy}
+        | dict(zip(("mean_weight", "share"), weights, strict=True))
+        for i, entropy in enumerate(entropies)
+        for site in list(sites(model))[i % 2 : i % 2 + 1]
+    ]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = tmp_path / "page.html"
+    save_page(page, model, trace, title="", log=log)
+    text = page.read_text("utf-8").partition('id="data">')[2].partition("</script>")[0]
+    found = json.loads(text)["log"]
+    assert found["entropy"] == [0.75, None]
+    assert found["sites"][0]["mean_weight"] == [[0.5] * 4] * 2
+    assert found["sites"][0]["share"] == [[None] * 4] * 2
 
 
 def test_numbers_that_are_not_finite_are_shown_as_missing() -> None:

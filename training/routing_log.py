@@ -8,7 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import pydantic
 
 from molora.errors import DataError
 from molora.training.monitor import SiteUse
@@ -79,27 +81,61 @@ class RoutingLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a log; one at the end that a kill cut short is left out.
 
+    Numbers may be NaN or infinite, as a run that diverges writes them.
+
     Raises:
-        DataError: Another line is no JSON, or lacks its step or site.
+        DataError: The file cannot be read; another line is no JSON in UTF-8; its step,
+            site, mean_weight, share or entropy is missing or of another type;
+            mean_weight and share differ in length.
     """
-    lines = path.read_text("utf-8").split("\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     found = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError:
             if number == len(lines):
                 break
-            row = None
-        if not isinstance(row, dict) or not {"step", "site"} <= row.keys():
-            raise DataError(
-                f"{path}, line {number}: is no line of a routing log; move the file "
-                "away or remove the line"
-            )
+            raise _damaged(path, number, "is no JSON in UTF-8") from None
+        try:
+            _Line.model_validate(row)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            wrong = f"{field}: {first['msg']}" if field else first["msg"]
+            raise _damaged(path, number, wrong) from None
         found.append(row)
     return found
+
+
+class _Line(pydantic.BaseModel):
+    """What readers of a log rely on."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+
+    step: int
+    site: str
+    mean_weight: list[float] = pydantic.Field(min_length=1)
+    share: list[float]
+    entropy: float
+
+    @pydantic.model_validator(mode="after")
+    def _same_experts(self) -> Self:
+        if len(self.mean_weight) != len(self.share):
+            raise ValueError("mean_weight and share differ in length")
+        return self
+
+
+def _damaged(path: Path, number: int, wrong: str) -> DataError:
+    return DataError(
+        f"{path}, line {number}: is no line of a routing log: {wrong}; move the file "
+        "away or remove the line"
+    )
 
 
 def _step(line: str) -> float:

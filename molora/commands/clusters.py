@@ -24,8 +24,10 @@ def clusters(
         json: File for all numbers.
 
     Raises:
-        MoloraError: Data that cannot be read, too few rows, or no scikit-learn.
+        MoloraError: Data that cannot be read, too few rows, no scikit-learn, or a file
+            that cannot be written.
     """
+    session.require_writable(json)
     model, tokenizer = session.base(config)
     batches = calibration(config, tokenizer, rows)
     found = embed(model.eval(), session.progress(batches, "Embedding"))

@@ -10,13 +10,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import molora
+from molora.atomic import file_to_write
 from molora.commands import session
 from molora.errors import ConfigError
 from molora.page import Prompts, save_page
 from molora.prompt import prompt_from_labels
 from molora.records import RoutingTrace
 from molora.report import RoutingReport, TokenStrip, pieces, save_heatmap, token_strip
+from molora.routers import ROUTERS, AdapterRouter
 from molora.run_config import RunConfig
+from molora.saved import read_adapter
 from molora.schema import nearest
 from molora.training.data import Collator, build_eval_sets
 from molora.training.encoding import encode, split_answer
@@ -49,9 +52,10 @@ def generate(
         batch_size: Prompts per batch, padded on the left.
 
     Raises:
-        MoloraError: No adapter, an unknown task, an empty or too long prompt.
+        MoloraError: No adapter, an unknown task, no task where routers read it, an
+            empty or too long prompt.
     """
-    _check_task(config, task)
+    _check_task(config, adapter, task)
     model, tokenizer = session.trained(config, adapter)
     rows = _encode(prompts, config, tokenizer)
     for ids, _ in rows:
@@ -107,9 +111,13 @@ def routes(
         json: File for all numbers.
 
     Raises:
-        MoloraError: No adapter, nothing to route, an unknown task or layer.
+        MoloraError: No adapter, nothing to route, an unknown task or layer, no task
+            where routers read it, a file that cannot be written.
     """
-    _check_task(config, task)
+    session.require_writable(png, json)
+    _check_page(html)
+    if prompts or task is not None:
+        _check_task(config, adapter, task)
     if limit is None:
         limit = 0 if prompts and html is None else LIMIT
     if not prompts and not limit:
@@ -237,13 +245,42 @@ def _pad_left(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _check_task(config: RunConfig, task: str | None) -> None:
-    names = [t.name for t in config.data.tasks]
-    if task is not None and task not in names:
+def _check_task(config: RunConfig, adapter: Path, task: str | None) -> None:
+    """Refuse a task that is unknown, or none where the adapter's routers need one."""
+    session.require_adapter(adapter)
+    known = _known_tasks(adapter)
+    names = known or [t.name for t in config.data.tasks]
+    if task is None and known:
         raise ConfigError(
-            f"--task {task!r} is no task of this run.{nearest(task, names)} "
+            "the routers of this adapter read the task of a prompt; give it with "
+            f"--task. Tasks: {', '.join(known)}"
+        )
+    if task is not None and task not in names:
+        owner = "that the routers know" if known else "of this run"
+        raise ConfigError(
+            f"--task {task!r} is no task {owner}.{nearest(task, names)} "
             f"Tasks: {', '.join(names)}"
         )
+
+
+def _known_tasks(adapter: Path) -> list[str]:
+    """Tasks that all routers which read the task know; none where no router does."""
+    known: list[list[str]] = []
+    for router in read_adapter(adapter).config.routers():
+        tasks = list(ROUTERS[router.kind].known_tasks(router))
+        if isinstance(router, AdapterRouter.Config):
+            tasks.append(AdapterRouter.BASE)
+        if tasks:
+            known.append(tasks)
+    return [name for name in known[0] if all(name in k for k in known)] if known else []
+
+
+def _check_page(html: Path | None) -> None:
+    try:
+        if html is not None:
+            file_to_write(html)
+    except OSError as error:
+        raise ConfigError(f"{html}: cannot be written: {error.strerror}") from error
 
 
 def _check_length(tokens: int, model: PreTrainedModel) -> None:

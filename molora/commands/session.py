@@ -1,6 +1,7 @@
 """What several commands need: consoles, the trained model, files for results."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,6 +70,30 @@ def require_other(adapter: Path, output: Path) -> None:
             f"--output {output} is the adapter itself, which would be lost; name "
             "another folder"
         )
+
+
+def require_writable(*paths: Path | None) -> None:
+    """Refuse files that cannot be written, before anything slow happens.
+
+    Args:
+        paths: Files to write, devices and pipes among them; None is passed over.
+
+    Raises:
+        ConfigError: One is a folder, its folder is missing, or permission is.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        # those of pathlib raise where a folder may not be looked into
+        if os.path.isdir(path):
+            reason = "is a folder; name a file"
+        elif not os.path.isdir(path.parent):
+            reason = f"there is no folder {path.parent}"
+        elif not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
+            reason = "no permission"
+        else:
+            continue
+        raise ConfigError(f"{path}: cannot be written: {reason}")
 
 
 def filler(tokenizer: PreTrainedTokenizerBase) -> int:

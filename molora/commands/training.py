@@ -77,8 +77,10 @@ def evaluate(config: RunConfig, adapter: Path, json: Path | None) -> None:
         json: File for the scores.
 
     Raises:
-        MoloraError: No adapter, or evaluation data that cannot be read.
+        MoloraError: No adapter, evaluation data that cannot be read, or a file that
+            cannot be written.
     """
+    session.require_writable(json)
     model, tokenizer = session.trained(config, adapter)
     sets = build_eval_sets(config.data, tokenizer)
     results = session.scores(config, model, tokenizer, sets)

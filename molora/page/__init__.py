@@ -81,7 +81,7 @@ def save_page(
     Raises:
         RoutingError: Nothing was recorded.
         DataError: The log is damaged.
-        ConfigError: The file cannot be written.
+        ConfigError: The file cannot be written, or is no regular file.
     """
     data = page_data(model, trace, title=title, log=log, prompts=prompts)
     try:
@@ -133,7 +133,8 @@ def render(data: Mapping[str, Any]) -> str:
     # in one pass, so that nothing is looked for in what was put in
     before, *rest = _asset("page.html").split("@@")
     parts = {
-        "TITLE": html.escape(str(data["title"])),
+        # half of a surrogate pair, as in a folder's name that is no UTF-8, becomes "?"
+        "TITLE": html.escape(data["title"].encode("utf-8", "replace").decode()),
         "POLICY": (
             f"default-src 'none'; script-src '{_sha256(script)}'; "
             f"style-src '{_sha256(style)}'; img-src data:; "
@@ -213,7 +214,7 @@ def _log(file: Path, paths: Sequence[str]) -> dict[str, Any]:
         "file": name,
         "logged": len(logged),
         "steps": steps,
-        "entropy": [math.fsum(entropies[s]) / len(entropies[s]) for s in steps],
+        "entropy": [_mean(entropies[step]) for step in steps],
         "sites": [
             {
                 key: [by_site[path].get(step, {}).get(key) for step in steps]
@@ -224,6 +225,13 @@ def _log(file: Path, paths: Sequence[str]) -> dict[str, Any]:
             for path in paths
         ],
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN where a value is not finite, as after a run that diverged."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return math.fsum(values) / len(values)
 
 
 def _texts(prompts: Prompts, paths: Sequence[str]) -> list[dict[str, Any]]:

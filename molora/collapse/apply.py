@@ -13,6 +13,7 @@ from torch import nn
 
 from molora.collapse.factors import LowRank
 from molora.config import AdapterConfig
+from molora.context import Runtime
 from molora.experts import AbstractExperts, LoRAExperts
 from molora.layer import MoloraLinear
 from molora.model import sites
@@ -77,6 +78,12 @@ def single_expert(
     return bank.to(site.base_weight().device).train(site.training)
 
 
+def _runtime(model: nn.Module) -> Runtime:
+    runtime = model.molora_runtime
+    assert isinstance(runtime, Runtime)
+    return runtime
+
+
 def replace_banks(
     model: nn.Module, banks: Mapping[str, AbstractExperts], config: AdapterConfig
 ) -> Callable[[], None]:
@@ -93,7 +100,7 @@ def replace_banks(
     found = sites(model)
     assert banks.keys() == found.keys()
     before = [(s, s.experts, s.router, s.objectives) for s in found.values()]
-    old_config, runtime = model.molora_config, model.molora_runtime
+    old_config, runtime = model.molora_config, _runtime(model)
     asked = runtime.reads_prompt, runtime.shares
 
     def undo() -> None:

@@ -51,8 +51,8 @@ def grow(model: M, seed: int = 0, *, task: str | None = None) -> M:
         ConfigError: A balance objective needs the task, none reads it, or one means
             nothing with an expert more.
         WrapError: The model is not wrapped, is merged, or has a layer without a router,
-            or with one whose gates depend on experts that were not chosen. It is left
-            as it was.
+            or with one whose gates depend on experts that were not chosen or that
+            reads the task. It is left as it was.
     """
     found = sites(model)
     for site in found.values():
@@ -87,6 +87,12 @@ def _check(site: MoloraLinear) -> None:
             f"site {site.path!r}: the selection bias moves with the load of all "
             "experts, and would send tokens elsewhere that do not choose the new one; "
             "grow a mixture without the balance objective bias"
+        )
+    if router.config.input == "task":
+        raise WrapError(
+            f"site {site.path!r}: router.input task routes by a fixed table of tasks, "
+            "so rows of a new task could not reach the new expert; growing needs "
+            "router.input token or sequence"
         )
     if not router.can_grow(router.config):
         raise WrapError(

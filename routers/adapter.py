@@ -67,6 +67,12 @@ class AdapterRouter(AbstractRouter):
                 f"router.input={config.input!r} has no effect: router.kind 'adapter' "
                 "reads the names of the rows alone; drop it"
             )
+        if num_experts == 1 and len(config.adapters) > 1:
+            return (
+                "num_experts=1: the rows of every adapter would use this one expert; "
+                f"set num_experts to {len(config.adapters)}, one for each of "
+                "router.adapters, or add the layers to exclude_modules"
+            )
         if len(config.adapters) != num_experts:
             return (
                 f"router.adapters names {len(config.adapters)} adapters for "

@@ -185,6 +185,7 @@ def test_what_cannot_grow_is_refused() -> None:
     for router, message in (
         ({"kind": "soft"}, "SoftRouter depend on every expert"),
         ({"renormalize": False}, "renormalize: true"),
+        ({"input": "task", "tasks": ["a", "b"]}, "fixed table of tasks"),
     ):
         config = raw(FAMILIES["lora"], ["0"])
         config["router"] = config["router"] | router

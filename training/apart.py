@@ -5,7 +5,8 @@
 so an adapter's gradient is that of its own loss. Every adapter is handed to the
 optimizer as tensors of its own, which are views of the stacked experts: without a
 gradient where the step has no row of it, so that neither momentum nor weight decay
-moves it. Gradients are clipped adapter by adapter.
+moves it. The views end at the adapter's own rank, since some optimizers (Adafactor)
+scale an update by the size of its tensor. Gradients are clipped adapter by adapter.
 
 Reference: Ye et al. 2023 (mLoRA), arXiv:2312.02515.
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.errors import TrainingError
+from molora.experts import LoRAExperts
 from molora.layer import MoloraLinear
 from molora.model import sites
 from molora.routers import AdapterRouter
@@ -53,6 +55,12 @@ def is_apart(model: nn.Module) -> bool:
 def _check(path: str, site: MoloraLinear, first: MoloraLinear) -> None:
     config = None if site.decider is None else site.decider.config
     assert first.router is not None
+    if config is None:
+        raise TrainingError(
+            f"site {path!r} has one expert, which the rows of all adapters would "
+            f"train; give it num_experts: {first.experts.num_experts} as "
+            f"{first.path!r} has, or add it to exclude_modules"
+        )
     if config != first.router.config:
         raise TrainingError(
             f"site {path!r} does not take the adapter that a row names, as "
@@ -68,6 +76,14 @@ def _check(path: str, site: MoloraLinear, first: MoloraLinear) -> None:
 
 def _stacks(site: MoloraLinear) -> list[nn.Parameter]:
     return [p for p in site.experts.parameters() if p.requires_grad]
+
+
+def _ranks(site: MoloraLinear) -> Sequence[int | None]:
+    """Rows of each adapter's tensors that are no padding; None is all of them."""
+    experts = site.experts
+    if isinstance(experts, LoRAExperts):
+        return experts.ranks
+    return [None] * experts.num_experts
 
 
 class Apart(nn.Module):
@@ -88,8 +104,12 @@ class Apart(nn.Module):
         assert isinstance(router, AdapterRouter)
         self.names = router.config.adapters
         self._wholes = [stack for site in found for stack in _stacks(site)]
+        self._ranks = [_ranks(site) for site in found for _ in _stacks(site)]
         self.parts = nn.ModuleList(
-            nn.ParameterList(nn.Parameter(stack.detach()[e]) for stack in self._wholes)
+            nn.ParameterList(
+                nn.Parameter(stack.detach()[e, : ranks[e]])
+                for stack, ranks in zip(self._wholes, self._ranks, strict=True)
+            )
             for e in range(len(self.names))
         )
 
@@ -114,8 +134,9 @@ class Apart(nn.Module):
         for e, part in enumerate(self.parts):
             assert isinstance(part, nn.ParameterList)
             reached = self.names[e] in present
-            for own, whole in zip(part, self._wholes, strict=True):
-                own.grad = whole.grad[e] if reached and whole.grad is not None else None
+            for own, whole, ranks in zip(part, self._wholes, self._ranks, strict=True):
+                grad = whole.grad if reached else None
+                own.grad = None if grad is None else grad[e, : ranks[e]]
 
     def clip(self, limit: float) -> None:
         """Clip the gradient of every adapter to a norm of its own."""

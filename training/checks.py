@@ -9,6 +9,7 @@ from molora.errors import TrainingError, WrapError
 from molora.experts import BilinearExperts
 from molora.layer import MoloraLinear
 from molora.model import sites
+from molora.routers import AdapterRouter
 from molora.training.mixture import TaskMixture
 
 
@@ -31,6 +32,13 @@ def check_model(
     if any(site.merged for site in found.values()):
         raise TrainingError("the model is merged; call molora.unmerge first")
     if not any(parameter.requires_grad for parameter in model.parameters()):
+        routers = [site.decider for site in found.values() if site.decider is not None]
+        named = routers and all(isinstance(r, AdapterRouter) for r in routers)
+        if named and model.molora_config.train == "router":  # type: ignore[union-attr]
+            raise TrainingError(
+                "train: router freezes the experts, and router.kind adapter learns "
+                "nothing itself, so nothing is left to train; set train: all"
+            )
         raise TrainingError(
             "the model has no trainable parameter; load the adapter with "
             "molora.load(..., trainable=True)"

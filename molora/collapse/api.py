@@ -304,7 +304,7 @@ def _full_rank(site: SiteFactors) -> int:
 
 def _notes(run: _Run) -> list[str]:
     if run.tokens:
-        notes = [run.collapser.note]
+        notes = run.collapser.notes()
     else:
         notes = ["No calibration data: mean gates are even, no error is measured."]
     if any(site.num_experts > 1 for site in run.factors.values()):

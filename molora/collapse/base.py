@@ -53,15 +53,19 @@ class Collapser(abc.ABC):
     def __init__(self, config: CollapseConfig):
         self.config = config
 
+    def notes(self) -> list[str]:
+        """How to read the result, for a report with calibration data."""
+        return [self.note]
+
     def why_calibration(self) -> str | None:
         """Say what needs calibration data under these settings, or return None."""
         return None
 
     def check(self, factors: SiteFactors) -> None:
-        """Refuse settings that do not fit a site.
+        """Refuse settings that do not fit a site, before any data is read.
 
         Raises:
-            ConfigError: Names the setting and the site.
+            ConfigError: Names the setting and the site, or a missing library.
         """
         return None
 
@@ -84,7 +88,7 @@ class Collapser(abc.ABC):
             JSON-ready details for the report.
 
         Raises:
-            ConfigError: Settings that do not fit the model, or a missing library.
+            ConfigError: Settings that do not fit the model.
             DataError: Rows that the method cannot use.
         """
         return {}

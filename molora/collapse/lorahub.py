@@ -14,9 +14,10 @@ Reference: Huang et al. 2023 (LoraHub), arXiv:2307.13269, section 3; bound 1.5, 
 Shape legend: see factors.py; B rows of a batch, S positions.
 """
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -89,12 +90,29 @@ class LoraHub(Collapser):
         super().__init__(config)
         self._weights_E: Tensor | None = None
 
+    def notes(self) -> list[str]:
+        """See base class."""
+        if self._weights_E is None or self._weights_E.any():
+            return [self.note]
+        return [
+            self.note,
+            "No weights that were tried beat the base alone on these rows, so every "
+            "weight is 0 and the result is the base; raise budget or lower penalty.",
+        ]
+
     def why_calibration(self) -> str | None:
         """See base class."""
         return "the weights are searched by the loss on its rows, which need labels"
 
     def check(self, factors: SiteFactors) -> None:
         """See base class."""
+        _nevergrad()
+        if self.config.budget < factors.num_experts + 2:
+            raise ConfigError(
+                f"collapse.lorahub.budget={self.config.budget}: COBYLA cannot take a "
+                f"step among {factors.num_experts} weights with less than "
+                f"{factors.num_experts + 2}"
+            )
         if self.config.form == "delta":
             return
         ranks = factors.expert_R.bincount().tolist()
@@ -125,11 +143,6 @@ class LoraHub(Collapser):
             )
         _check_labels(batches)
         count = next(iter(counts.values()))
-        if self.config.budget < count + 2:
-            raise ConfigError(
-                f"collapse.lorahub.budget={self.config.budget}: COBYLA cannot take a "
-                f"step among {count} weights with less than {count + 2}"
-            )
         bar = progress.add_task("weights", total=self.config.budget + 2)
         banks, undo = self._banks(model, factors)
 
@@ -153,7 +166,8 @@ class LoraHub(Collapser):
             return value + self.config.penalty * float(np.abs(weights).mean())
 
         try:
-            found, start, best = self._search(objective, count)
+            with _numpy_kept():
+                found, start, best = self._search(objective, count)
             held = {
                 "before": loss(np.zeros(count), held=True),
                 "after": loss(found, held=True),
@@ -207,13 +221,7 @@ class LoraHub(Collapser):
         self, objective: Callable[[np.ndarray], float], count: int
     ) -> tuple[np.ndarray, float, float]:
         """The best weights of all that were tried, and the objective at 0 and there."""
-        try:
-            import nevergrad
-        except ImportError as error:
-            raise ConfigError(
-                f"collapse.lorahub needs nevergrad ({error}); install it with: "
-                "pip install molora[lorahub]"
-            ) from None
+        nevergrad = _nevergrad()
         space = nevergrad.p.Array(init=np.zeros(count))
         space = space.set_bounds(-self.config.bound, self.config.bound)
         space.random_state = np.random.RandomState(self.config.seed)
@@ -234,6 +242,28 @@ class LoraHub(Collapser):
             del optimizer
         best, found = min(tried, key=lambda pair: pair[0])
         return found, tried[0][0], best
+
+
+@contextlib.contextmanager
+def _numpy_kept() -> Iterator[None]:
+    """Keep numpy's global generator, which nevergrad draws from, for the caller."""
+    before = np.random.get_state()
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+def _nevergrad() -> Any:
+    try:
+        with _numpy_kept():
+            import nevergrad
+    except ImportError as error:
+        raise ConfigError(
+            f"collapse.lorahub needs nevergrad ({error}); install it with: "
+            "pip install molora[lorahub]"
+        ) from None
+    return nevergrad
 
 
 def _check_labels(batches: list[Batch]) -> None:

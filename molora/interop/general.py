@@ -4,7 +4,8 @@
     factors: W_e = s_e (B_e - 1/G sum_g B_g) (A_e - 1/G sum_g A_g)             rank r_e
 
 ``delta`` is the difference of the updates, exactly. ``factors`` is what PEFT computes:
-its product holds cross terms, and is another update than the difference.
+its product holds cross terms, and is another update than the difference. Factors stored
+in half precision are computed with in float32.
 
 Reference: GenKnowSub, 2025, https://aclanthology.org/2025.acl-short.54
 Shape legend: E experts; G general adapters; I in features, O out features, r rank.
@@ -34,17 +35,15 @@ def subtract_general(
         form: Which difference; see the top of this file.
 
     Raises:
-        CheckpointError: Under ``factors``, ranks differ; under ``delta``, an expert has
-            lora_alpha 0.
+        CheckpointError: Under ``factors``, ranks differ.
     """
     made = {}
-    for path, (a_rI, b_Or) in lora.factors.items():
-        others = [g.factors[path] for g in general]
+    for path in lora.factors:
+        a_rI, b_Or = _wide(lora, path)
+        others = [_wide(g, path) for g in general]
         if form == "factors":
             made[path] = _apart(lora, path, others)
             continue
-        if not lora.scales[path]:
-            raise CheckpointError(f"{lora.folder}: lora_alpha is 0 at {path}")
         # the expert's scale is applied to the whole
         shares = [-g.scales[path] / (len(general) * lora.scales[path]) for g in general]
         b_OR = [b_Or, *(s * b for s, (_, b) in zip(shares, others, strict=True))]
@@ -52,10 +51,17 @@ def subtract_general(
     return dataclasses.replace(lora, factors=made)
 
 
+def _wide(lora: PeftLora, path: str) -> tuple[Tensor, Tensor]:
+    """A and B of a layer in at least float32."""
+    a_rI, b_Or = lora.factors[path]
+    dtype = torch.promote_types(a_rI.dtype, torch.float32)
+    return a_rI.to(dtype), b_Or.to(dtype)
+
+
 def _apart(
     lora: PeftLora, path: str, others: Sequence[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    a_rI, b_Or = lora.factors[path]
+    a_rI, b_Or = _wide(lora, path)
     if any(a.shape != a_rI.shape for a, _ in others):
         ranks = [len(a_rI), *(len(a) for a, _ in others)]
         raise CheckpointError(

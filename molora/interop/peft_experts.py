@@ -8,6 +8,7 @@ Shape legend
 """
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -109,8 +110,13 @@ def _write_expert(
     config = {
         **peft_config(model, {path: found[path] for path in ranks}, usual_r),
         "lora_alpha": usual_alpha,
-        "rank_pattern": {p: r for p, r in ranks.items() if r != usual_r},
-        "alpha_pattern": {p: a for p, a in alphas.items() if a != usual_alpha},
+        "rank_pattern": {_exact(p): r for p, r in ranks.items() if r != usual_r},
+        "alpha_pattern": {_exact(p): a for p, a in alphas.items() if a != usual_alpha},
     }
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     write_json(folder / CONFIG, config)
+
+
+def _exact(path: str) -> str:
+    """Key of a pattern for one layer; PEFT matches it with the end of any path."""
+    return f"^{re.escape(path)}"

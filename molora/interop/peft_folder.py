@@ -6,6 +6,7 @@ Shape legend
     I in features   O out features   r rank of one layer
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,7 +90,8 @@ def read_lora(folder: str | Path) -> PeftLora:
 
     Raises:
         CheckpointError: It is no folder of a PEFT LoRA, not whole, of a variant whose
-            update is not s B A, or stored as a pickle or in float64.
+            update is not s B A, stored as a pickle or in float64, or with ranks,
+            alphas or patterns that mean nothing.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -165,11 +167,30 @@ def _factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _by_layer(
     config: Mapping[str, Any], patterns: str, default: str, path: str, folder: Path
-) -> Any:
+) -> float:
     """Value of the first pattern that matches the end of the path, as PEFT does it."""
-    for key, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    if default not in config:
+    value: Any
+    name, value = default, config.get(default)
+    table = config.get(patterns) or {}
+    if not isinstance(table, Mapping):
+        raise CheckpointError(
+            f"{folder / CONFIG}: {patterns} is {table!r}, which is no table by layer"
+        )
+    for key, own in table.items():
+        try:
+            matches = re.match(rf"(.*\.)?({key})$", path)
+        except re.error as error:
+            raise CheckpointError(
+                f"{folder / CONFIG}: {patterns} has the key {key!r}, which is no "
+                f"regular expression: {error}"
+            ) from None
+        if matches:
+            name, value = f"{patterns}[{key!r}]", own
+            break
+    if name == default and default not in config:
         raise CheckpointError(f"{folder / CONFIG}: lacks {default}")
-    return config[default]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CheckpointError(
+            f"{folder / CONFIG}: {name} is {value!r}, and has to be a number above 0"
+        )
+    return value

@@ -88,6 +88,11 @@ def import_peft(
             "train: all or router, then grow"
         )
     check_wrappable(base_model)
+    for name, given in (("folders", folders), ("general", general)):
+        if isinstance(given, str | Path):
+            raise ConfigError(
+                f"import_peft: {name} is a list of folders; give [{str(given)!r}]"
+            )
     if not folders:
         raise CheckpointError("import_peft: give at least one folder of a PEFT LoRA")
     if general_form not in get_args(Subtract):
@@ -98,7 +103,7 @@ def import_peft(
     paths = list(dict.fromkeys(path for lora in loras for path in lora.factors))
     routers, weights = _routers(router, paths)
     named = all(settings.get("kind") == "adapter" for settings in routers.values())
-    _check_targets(base_model, [*loras, *known], named and not known)
+    _check_targets(base_model, [*loras, *known], named, bool(known))
     if known:
         loras = [subtract_general(lora, known, general_form) for lora in loras]
     elif general_form != "delta":
@@ -130,16 +135,21 @@ def _check_bases(model: nn.Module, loras: list[PeftLora], allowed: bool) -> None
         )
 
 
-def _check_targets(model: nn.Module, loras: list[PeftLora], named: bool) -> None:
+def _check_targets(
+    model: nn.Module, loras: list[PeftLora], named: bool, general: bool
+) -> None:
     """Refuse layers that the model lacks, and different ones unless rows name them."""
     first, modules = loras[0], dict(model.named_modules())
+    why = "which goes only where each row names its adapter: router.kind adapter"
+    if general:
+        why = "but general adapters and experts need the same layers, with any router"
     for lora in loras:
         differing = sorted(lora.factors.keys() ^ first.factors.keys())
-        if differing and not named:
+        if differing and (general or not named):
             raise CheckpointError(
                 f"import_peft: {first.folder} and {lora.folder} have different target "
-                f"layers, for example {differing[0]!r} is in one of them only, which "
-                "goes only where each row names its adapter: router.kind adapter"
+                f"layers, for example {differing[0]!r} is in one of them only, "
+                f"{why}"
             )
         for path, (a_rI, b_Or) in lora.factors.items():
             module = modules.get(path)

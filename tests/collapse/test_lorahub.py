@@ -6,7 +6,7 @@ Shape legend
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -211,6 +211,54 @@ def test_what_is_reported_is_what_is_delivered(
     assert any("does not aim at the mixture" in note for note in result.report.notes)
     again = molora.collapse(mixture(tiny_llama()), "lorahub", **options)
     assert again.report.prepared == prepared
+
+
+def test_numpys_generator_is_the_callers(tiny_llama: Callable[..., Any]) -> None:
+    np.random.seed(5)
+    want = np.random.RandomState(5).rand(3)
+    options: Any = {"calibration": data(), "budget": 5, "show_progress": False}
+    molora.collapse(mixture(tiny_llama()), "lorahub", **options)
+    assert np.array_equal(np.random.rand(3), want)
+
+
+def test_no_weight_at_all_is_said(tiny_llama: Callable[..., Any]) -> None:
+    options: Any = {"calibration": data(), "budget": 5, "show_progress": False}
+    report = molora.collapse(
+        mixture(tiny_llama()), "lorahub", penalty=1e6, **options
+    ).report
+    assert report.prepared["weights"] == [0.0, 0.0, 0.0]
+    assert any("the result is the base" in note for note in report.notes)
+    other = molora.collapse(mixture(tiny_llama()), "lorahub", penalty=0, **options)
+    assert any(other.report.prepared["weights"])
+    assert not any("the result is the base" in note for note in other.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("missing", "budget", "match"),
+    [(False, 4, "less than 5"), (True, 40, r"molora\[lorahub\]")],
+)
+def test_refused_before_anything_is_read(
+    missing: bool,
+    budget: int,
+    match: str,
+    tiny_llama: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+
+    def batches() -> Iterator[dict[str, Any]]:
+        seen.append("batches")
+        yield from data()
+
+    def evaluate(model: Any) -> dict[str, float]:
+        seen.append("evaluate")
+        return {"x": 1.0}
+
+    if missing:
+        monkeypatch.setitem(sys.modules, "nevergrad", None)
+    options: Any = {"calibration": batches(), "evaluate": evaluate, "budget": budget}
+    refused(mixture(tiny_llama()), ConfigError, match, **options)
+    assert seen == []
 
 
 def test_the_rank_truncates_the_found_sum(tiny_llama: Callable[..., Any]) -> None:

@@ -153,6 +153,8 @@ def test_other_routers_want_the_same_layers(
 ) -> None:
     with pytest.raises(CheckpointError, match="different target layers.*kind adapter"):
         molora.import_peft(tiny_llama(), folders, router={"kind": "soft"})
+    with pytest.raises(CheckpointError, match="general adapters and experts need the"):
+        molora.import_peft(tiny_llama(), folders, router=ROUTER, general=folders[:1])
     model: Any = molora.import_peft(tiny_llama(), folders, router=ROUTER)
     with torch.no_grad():
         for site in sites(model).values():

@@ -13,7 +13,7 @@ import molora
 from molora.errors import CheckpointError, ConfigError
 from molora.interop.general import subtract_general
 from molora.interop.peft_folder import PeftLora
-from molora.model import sites
+from molora.model import is_wrapped, sites
 from tests.oracle import load, near
 
 
@@ -52,6 +52,24 @@ def test_each_general_adapter_has_its_own_scale() -> None:
     a, b = made.factors["lin"]
     # 4 - (2 - 8) / 2 of the same product
     torch.testing.assert_close(4.0 * b @ a, 7.0 * B @ A)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["delta", "factors"])
+def test_half_precision_is_subtracted_in_float32(dtype: Any, form: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    A_Gri = torch.randn(4, 2, 9, generator=generator).to(dtype)
+    B_Gor = torch.randn(4, 7, 2, generator=generator).to(dtype)
+    made = [lora(A, B, 0.7) for A, B in zip(A_Gri, B_Gor, strict=True)]
+    got_A, got_B = subtract_general(made[0], made[1:], form).factors["lin"]
+    A, B = A_Gri.double(), B_Gor.double()
+    if form == "delta":
+        want = B[0] @ A[0] - (B[1:] @ A[1:]).mean(0)
+    else:
+        want = (B[0] - B[1:].mean(0)) @ (A[0] - A[1:].mean(0))
+    assert got_A.dtype == got_B.dtype == torch.float32
+    error = (got_B.double() @ got_A.double() - want).norm() / want.norm()
+    assert error < 1e-6
 
 
 def folder(base: Any, path: Path, seed: int, r: int = 2) -> Path:
@@ -99,6 +117,8 @@ def test_bad_input(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
         molora.import_peft(base, made[:1], general_form="factors")
     with pytest.raises(ConfigError, match="none of delta, factors"):
         molora.import_peft(base, made[:1], general=made[1:], general_form="b")  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match="lora_alpha is 0"):
-        A, B = torch.ones(1, 2), torch.ones(2, 1)
-        subtract_general(lora(A, B, 0.0), [lora(A, B, 1.0)], "delta")
+    with pytest.raises(ConfigError, match=r"general is a list of folders; give \['"):
+        molora.import_peft(base, made[:1], general=str(made[1]))
+    with pytest.raises(ConfigError, match=r"folders is a list of folders; give \['"):
+        molora.import_peft(base, str(made[0]))
+    assert not is_wrapped(base)

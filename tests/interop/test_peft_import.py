@@ -1,6 +1,7 @@
 """PEFT LoRAs as experts: each against PEFT's forward, training, round trip, errors."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import molora
@@ -177,6 +178,53 @@ def test_round_trip(kind: str, make: Any, tmp_path: Path) -> None:
     assert (logits(again) - logits(model)).abs().max() < 1e-12
 
 
+class Tails(nn.Module):
+    """Layers whose path ends as that of another does; a dot is no other letter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.b2xfc = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.block = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+        self.b2 = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        x = self.block["fc"](self.fc(inputs_embeds))
+        out: Tensor = self.b2xfc(self.b2["fc"](x))
+        return out
+
+
+@pytest.mark.parametrize("odd", ["fc", "b2.fc"])
+def test_own_ranks_and_alphas_are_of_one_layer_alone(odd: str, tmp_path: Path) -> None:
+    raw = {
+        "target_modules": ["fc", "b2xfc"],
+        "experts": {"kind": "lora", "num_experts": 2, "r": 2, "lora_alpha": 4},
+        "router": {"kind": "adapter", "adapters": ["a", "b"]},
+        "overrides": [
+            {
+                "match": f"^{re.escape(odd)}$",
+                "experts": {"r": 3, "lora_alpha": 60},
+            }
+        ],
+    }
+    model = molora.wrap(Tails(), molora.AdapterConfig.from_dict(raw))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for site in sites(model).values():
+            site.experts.Bt.normal_(0, 0.3, generator=generator)
+    folders = molora.export_peft_experts(model, tmp_path / "out")
+    again = molora.import_peft(Tails(), folders, router=tmp_path / "out")
+    x = torch.randn(2, 5, 8, generator=generator)
+    for e, name in enumerate("ab"):
+        with molora.tasks(model, [name, name]):
+            want = model(x)
+        with molora.tasks(again, [name, name]):
+            assert torch.equal(again(x), want)
+        theirs: Any = PeftModel.from_pretrained(Tails(), folders[e])
+        torch.testing.assert_close(theirs(x), want)
+    assert sites(again)[odd].experts.ranks == [3, 3]
+
+
 def test_exports_that_cannot_be(make: Any, tmp_path: Path) -> None:
     raw: dict[str, Any] = {
         "target_modules": ["q_proj"],
@@ -203,6 +251,12 @@ VARIANTS: list[tuple[dict[str, Any], str]] = [
     ({"use_something_new": True}, "use_something_new=True: this is no plain LoRA"),
     ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
     ({"r": 5}, "has rank 4, but adapter_config.json says 5"),
+    ({"lora_alpha": None}, r"a/adapter_config.json: lora_alpha is None"),
+    ({"lora_alpha": 0}, r"a/adapter_config.json: lora_alpha is 0, .*above 0"),
+    ({"lora_alpha": float("nan")}, r"a/adapter_config.json: lora_alpha is nan"),
+    ({"alpha_pattern": {"q_proj": -1}}, r"a/.*: alpha_pattern\['q_proj'\] is -1"),
+    ({"rank_pattern": {"(": 4}}, r"a/.*: rank_pattern has the key '\(', .*no regular"),
+    ({"rank_pattern": ["q_proj"]}, r"a/.*: rank_pattern is \['q_proj'\]"),
 ]
 
 

@@ -13,6 +13,7 @@ from molora.errors import ConfigError, TrainingError
 from molora.model import sites
 from molora.run_config import load_run_config
 from molora.training import MoloraTrainer
+from molora.training.apart import is_apart
 from molora.training.checks import check_model
 
 Factory = Callable[..., PreTrainedModel]
@@ -58,6 +59,29 @@ def test_a_router_alone_needs_experts_that_are_not_zero(
         check(model, tmp_path)
     fill(model, 4)
     check(model, tmp_path)
+
+
+def test_adapters_of_rows_have_no_router_to_train(
+    tiny_llama: Factory, tmp_path: Path
+) -> None:
+    router = {"kind": "adapter", "adapters": ["a", "b", "c", "d"]}
+    model = model_with(tiny_llama, router=router, train="router")
+    with pytest.raises(TrainingError, match="nothing is left to train; set train: all"):
+        check(model, tmp_path)
+    check(model_with(tiny_llama, router=router), tmp_path)
+
+
+def test_a_layer_with_one_expert_beside_adapters_of_rows(
+    tiny_llama: Factory,
+) -> None:
+    router = {"kind": "adapter", "adapters": ["a", "b", "c", "d"]}
+    one = {"match": "layers.0", "experts": {"num_experts": 1}}
+    with pytest.raises(ConfigError, match=r"set num_experts to 4.*exclude_modules"):
+        model_with(tiny_llama, router=router, overrides=[one])
+    plain = one | {"router": {"kind": "none"}}
+    model = model_with(tiny_llama, router=router, overrides=[plain])
+    with pytest.raises(TrainingError, match="num_experts: 4 as .*exclude_modules"):
+        is_apart(model)
 
 
 def test_tasks_that_sigmoid_gates_do_not_know() -> None:

@@ -193,4 +193,5 @@ def _by_layer(
         raise CheckpointError(
             f"{folder / CONFIG}: {name} is {value!r}, and has to be a number above 0"
         )
-    return value
+    number: float = value
+    return number

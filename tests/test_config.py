@@ -264,6 +264,7 @@ def test_overrides_replace_fields_and_the_first_match_wins() -> None:
         "kind": "soft",
         "scope": "site",
         "input": "token",
+        "mix": "layer",
         "tasks": [],
         "temperature": 2.0,
         "noise": 0.0,

@@ -40,6 +40,13 @@ KINDS += [
     for where, settings in WHERE.items()
     if where and not ROUTERS[router].reads_prompt and takes(router, **settings)
 ]
+GENERATED = [
+    (family, router)
+    for family, router in KINDS
+    # a step of generation is a forward with a cache, which all of them pass above
+    if "@" not in router and (family == "lora" or router in ("none", "soft", "topk"))
+]
+"""What also generates: every router with LoRA, every family with three routers."""
 TASKS = ["scan", "sentiment", "scan"]
 """Names that the routers of the files in configs/ know."""
 
@@ -125,7 +132,7 @@ def test_batch_prefix_and_cache_do_not_change_a_row(
         assert near(torch.stack(steps), alone[0])
 
 
-@pytest.mark.parametrize(("family", "router"), KINDS)
+@pytest.mark.parametrize(("family", "router"), GENERATED)
 def test_greedy_generation(family: str, router: str, tiny_llama: Factory) -> None:
     model, seqs = build(tiny_llama, family, router), prompts()
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -146,7 +153,7 @@ def test_greedy_generation(family: str, router: str, tiny_llama: Factory) -> Non
     assert len({tuple(row.tolist()) for row in batch}) > 1
 
 
-@pytest.mark.parametrize(("family", "router"), KINDS)
+@pytest.mark.parametrize(("family", "router"), GENERATED)
 def test_beams(family: str, router: str, tiny_llama: Factory) -> None:
     model, seqs = build(tiny_llama, family, router), prompts()
     settings = {

@@ -65,6 +65,10 @@ def run_demo(
     return run.run()
 
 
+METHODS = [n for n, entry in COLLAPSERS.entries().items() if not entry.cls.searches]
+"""Ways to collapse that take one pass or two, and no package beside molora's own."""
+
+
 class _Demo:
     """One run; the state that its steps share."""
 
@@ -101,7 +105,7 @@ class _Demo:
             self.routes(model)
         del model
         losses: dict[str, Scores] = {}
-        for method in COLLAPSERS.names():
+        for method in METHODS:
             with self.step(f"collapse by {method}"):
                 losses[method] = self.collapse(self.fresh(), method)
         best = min(losses, key=lambda m: _mean_loss(losses[m]))

@@ -42,6 +42,8 @@ class Collapser(abc.ABC):
     Config: ClassVar[type[CollapseConfig]]
     needs_moments: ClassVar[bool] = False
     """Whether ``solve`` reads second moments of the tokens it may learn from."""
+    searches: ClassVar[bool] = False
+    """Whether it tries many updates on the data instead of solving for one."""
     reduces_rank: ClassVar[bool] = False
     """Whether the method means something where every site has one expert already."""
     note: ClassVar[str] = (

@@ -54,6 +54,8 @@ class LoraHub(Collapser):
     rows overfit.
     """
 
+    searches = True
+
     class Config(CollapseConfig):
         """Settings of the search."""
 

@@ -20,6 +20,7 @@ from molora.collapse import LoraHub
 from molora.collapse.base import CollapseConfig
 from molora.collapse.calibration import FIT, HELD, read_calibration
 from molora.collapse.factors import SiteFactors
+from molora.demo import METHODS
 from molora.errors import ConfigError, DataError, WrapError
 from molora.model import adapter_parameters, sites
 from molora.run_config import CollapseSettings
@@ -340,3 +341,7 @@ def test_the_yaml_of_a_run_names_its_settings() -> None:
     }
     with pytest.raises(ConfigError, match="drop rank"):
         CollapseSettings.from_dict(raw | {"rank": 4})
+
+
+def test_the_demo_takes_what_needs_no_search() -> None:
+    assert METHODS == ["calibrated", "concat", "linear", "select", "svd"]

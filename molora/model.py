@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from molora.banks import make_banks
 from molora.config import AdapterConfig
-from molora.context import Runtime
 from molora.errors import WrapError
 from molora.freezing import set_trainable, split_newest
 from molora.layer import MoloraLinear
 from molora.records import RoutingTrace
 from molora.targets import find_targets
 from molora.wrapped import adapter_parameters as adapter_parameters
-from molora.wrapped import attach, detach
+from molora.wrapped import attach, detach, runtime_of
 from molora.wrapped import is_wrapped as is_wrapped
 from molora.wrapped import sites as sites
 
@@ -159,7 +158,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     if any(site.merged for site in sites(model).values()):
         raise WrapError("the adapter is merged into the weights; unmerge it first")
-    runtime = _runtime(model)
+    runtime = runtime_of(model)
     runtime.disabled += 1
     try:
         yield
@@ -181,7 +180,7 @@ def tasks(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     if isinstance(names, str) or not names:
         raise WrapError("molora.tasks: give a list with the task of each row")
     sites(model)
-    runtime = _runtime(model)
+    runtime = runtime_of(model)
     before, runtime.tasks = runtime.tasks, tuple(names)
     try:
         yield
@@ -206,7 +205,7 @@ def prompts(model: nn.Module, mask: Tensor) -> Iterator[None]:
     if mask.dim() != 2 or mask.dtype != torch.bool:
         raise WrapError("molora.prompts: give a bool tensor [rows, positions]")
     sites(model)
-    runtime = _runtime(model)
+    runtime = runtime_of(model)
     before, runtime.prompts = runtime.prompts, mask
     try:
         yield
@@ -229,18 +228,12 @@ def record_routing(
     """
     if all(site.decider is None for site in sites(model).values()):
         raise WrapError("no site of this model has a router, so nothing is routed")
-    runtime = _runtime(model)
+    runtime = runtime_of(model)
     before, runtime.trace = runtime.trace, RoutingTrace(keep_tokens=keep_tokens)
     try:
         yield runtime.trace
     finally:
         runtime.trace = before
-
-
-def _runtime(model: nn.Module) -> Runtime:
-    runtime = model.molora_runtime
-    assert isinstance(runtime, Runtime)
-    return runtime
 
 
 def check_wrappable(model: nn.Module) -> None:

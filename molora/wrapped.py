@@ -121,6 +121,13 @@ def is_wrapped(model: nn.Module) -> bool:
     return isinstance(model, MoloraModel)
 
 
+def runtime_of(model: nn.Module) -> Runtime:
+    """What all sites of a wrapped model share."""
+    runtime = model.molora_runtime
+    assert isinstance(runtime, Runtime)
+    return runtime
+
+
 def sites(model: nn.Module) -> dict[str, MoloraLinear]:
     """Target layers by module path, in model order.
 

@@ -40,12 +40,13 @@ def load(name: str) -> dict[str, Tensor]:
     return t | {k.removeprefix("f64."): v for k, v in t.items() if k[:4] == "f64."}
 
 
-def near(got: Tensor | None, want: Tensor, what: str = "") -> None:
+def near(got: Tensor | None, want: Tensor, what: str = "") -> bool:
     assert got is not None, what
     assert got.shape == want.shape, what
     tol = TOLERANCE[got.dtype] * max(1.0, float(want.abs().max()))
     worst = float((got.double() - want.double()).abs().max())
     assert worst <= tol, (what, worst, tol)
+    return True
 
 
 def build(

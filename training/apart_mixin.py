@@ -3,6 +3,7 @@
 Shape legend: see apart.py.
 """
 
+import abc
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -44,9 +45,9 @@ class ApartMixin(Trainer):
     _items_N: Tensor
     _present: Sequence[str] = ()
 
+    @abc.abstractmethod
     def task_names(self) -> Sequence[str] | None:
         """Names of the tasks by id; None where no data set has any."""
-        raise NotImplementedError
 
     def set_up_apart(self) -> None:
         """Find out whether rows name their adapters, and refuse what does not fit.

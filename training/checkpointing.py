@@ -5,6 +5,7 @@ to go on: optimizer, scheduler, generators, progress (see state.py for the forma
 transformers' ``trainer_state.json``, and the manifest of all of these.
 """
 
+import abc
 import logging
 import re
 import shutil
@@ -54,9 +55,9 @@ class CheckpointingMixin(Trainer):
     staging: Path | None = None
     resumed: Any = None
 
+    @abc.abstractmethod
     def progress(self) -> Any:
         """State beside the adapter, optimizer, scheduler and generators."""
-        raise NotImplementedError
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.staging or super()._get_output_dir(trial))

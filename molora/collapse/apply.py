@@ -13,10 +13,10 @@ from torch import nn
 
 from molora.collapse.factors import LowRank
 from molora.config import AdapterConfig
-from molora.context import Runtime
 from molora.experts import AbstractExperts, LoRAExperts
 from molora.layer import MoloraLinear
 from molora.model import sites
+from molora.wrapped import runtime_of
 
 
 def single_config(config: AdapterConfig, ranks: Mapping[str, int]) -> AdapterConfig:
@@ -78,12 +78,6 @@ def single_expert(
     return bank.to(site.base_weight().device).train(site.training)
 
 
-def _runtime(model: nn.Module) -> Runtime:
-    runtime = model.molora_runtime
-    assert isinstance(runtime, Runtime)
-    return runtime
-
-
 def replace_banks(
     model: nn.Module, banks: Mapping[str, AbstractExperts], config: AdapterConfig
 ) -> Callable[[], None]:
@@ -100,7 +94,7 @@ def replace_banks(
     found = sites(model)
     assert banks.keys() == found.keys()
     before = [(s, s.experts, s.router, s.objectives) for s in found.values()]
-    old_config, runtime = model.molora_config, _runtime(model)
+    old_config, runtime = model.molora_config, runtime_of(model)
     asked = runtime.reads_prompt, runtime.shares
 
     def undo() -> None:

@@ -32,8 +32,8 @@ def test_factors_are_those_of_peft() -> None:
     t = load("arrow_gks")
     for e in range(5):
         made = subtract_general(*adapters(t, e), "factors")
-        near(made.factors["lin"][0], t["after_gks.A"][e], "A")
-        near(made.factors["lin"][1], t["after_gks.B"][e], "B")
+        assert near(made.factors["lin"][0], t["after_gks.A"][e], "A")
+        assert near(made.factors["lin"][1], t["after_gks.B"][e], "B")
 
 
 def test_delta_is_the_difference_of_the_updates() -> None:
@@ -42,7 +42,9 @@ def test_delta_is_the_difference_of_the_updates() -> None:
         made = subtract_general(*adapters(t, e), "delta")
         A, B = made.factors["lin"]
         assert A.shape == (9, 24)
-        near(made.scales["lin"] * B @ A, t["alt.gks_delta_weight_exact"][e], "delta")
+        assert near(
+            made.scales["lin"] * B @ A, t["alt.gks_delta_weight_exact"][e], "delta"
+        )
 
 
 def test_each_general_adapter_has_its_own_scale() -> None:

@@ -57,13 +57,22 @@ class RoutingLog:
         path: The file. Lines of steps after the given one are dropped, and so is a line
             that a kill cut short.
         step: Step at which the run begins or goes on.
+
+    Raises:
+        DataError: The file holds something else; it is left as it is.
     """
 
     def __init__(self, path: Path, step: int):
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text("utf-8").split("\n") if line]
-            kept = [line for line in kept if _step(line) <= step]
+            try:
+                kept = [line for line in path.read_text("utf-8").split("\n") if line]
+                kept = [line for line in kept if _step(line) <= step]
+            except (UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{path}: is no routing log ({type(error).__name__}: {error}); "
+                    "move it away to go on with a new one"
+                ) from None
             fresh = path.with_name(path.name + ".tmp")
             fresh.write_text("".join(f"{line}\n" for line in kept), "utf-8")
             fresh.replace(path)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import molora
+from molora.errors import DataError
 from molora.model import sites
 from molora.records import SiteStats
 from molora.training import MoloraTrainingSettings, RoutingMonitor
@@ -260,3 +261,12 @@ def test_log_drops_what_comes_after_the_resumed_step(tmp_path: Path) -> None:
     assert lines[0]["balance"] == {"z": 3.14159}
     RoutingLog(path, 0)
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("line", ['{"site": "a"}', '{"step": []}', "[1]", "\xe9"])
+def test_a_file_of_another_kind_is_no_log(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "routing_log.jsonl"
+    path.write_bytes(line.encode("latin-1"))
+    with pytest.raises(DataError, match="is no routing log"):
+        RoutingLog(path, 1)
+    assert path.read_bytes() == line.encode("latin-1")

@@ -166,13 +166,19 @@ def train_alone(
 
 # Adafactor's steps depend on the size of a tensor: padding must not count
 @pytest.mark.parametrize(
-    ("accumulation", "optim"),
-    [(1, "adamw_torch"), (2, "adamw_torch"), (1, "adafactor")],
+    ("accumulation", "optim", "scope"),
+    [
+        (1, "adamw_torch", "site"),
+        (2, "adamw_torch", "block"),
+        (1, "adamw_torch", "model"),
+        (1, "adafactor", "site"),
+    ],
 )
 def test_one_forward_equals_training_each_by_itself(
-    accumulation: int, optim: str, tiny_llama: Factory, tmp_path: Path
+    accumulation: int, optim: str, scope: str, tiny_llama: Factory, tmp_path: Path
 ) -> None:
-    model, collate = wrapped(tiny_llama), Recorder()
+    router = {"kind": "adapter", "adapters": NAMES, "scope": scope}
+    model, collate = wrapped(tiny_llama, router=router), Recorder()
     alone = [peft(model, tiny_llama, e) for e in range(3)]
     before = {n: p.clone() for n, p in adapter_parameters(model).items()}
     trainer(

@@ -85,6 +85,8 @@ class MoloraLinear(MergeableLinear):
             out_features=self.out_features,
             generator=generator,
         )
+        self.experts.frozen_weight = self._weight_OI
+        self.experts.frozen_bias = self._bias_O
         # in a tuple: the leader is no part of this module
         self._leader = () if leader is None else (leader,)
         self.followers: list[MoloraLinear] = []

@@ -59,6 +59,12 @@ class MergeableLinear(nn.Module):
                 f"site {self.path!r} routes among {self.experts.num_experts} experts "
                 f"per token, which no single weight equals; {advice}"
             )
+        if not self.experts.linear:
+            raise WrapError(
+                f"site {self.path!r}: experts of kind "
+                f"{type(self.experts).__name__} are no change of a weight, so nothing "
+                "can be merged; keep the adapter beside the model"
+            )
         weight = self._weight_OI()
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return self.experts.delta_weight(0, wide)
@@ -67,6 +73,11 @@ class MergeableLinear(nn.Module):
         """Weight of the frozen layer before any merge."""
         weight = self.base_weight()
         return weight.t() if isinstance(self.base, Conv1D) else weight
+
+    def _bias_O(self) -> Tensor | None:
+        """Bias of the frozen layer before any merge."""
+        bias = self.base.bias if self.backup_bias is None else self.backup_bias
+        return bias if bias is None else bias.detach()
 
     @torch.no_grad()
     def merge(self) -> None:

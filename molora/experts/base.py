@@ -5,12 +5,15 @@ Shape legend (this folder)
 """
 
 import abc
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
+from molora.errors import WrapError
+from molora.experts.peft_form import PeftForm
 from molora.kernels import Layer, lowrank_mixture
 from molora.registry import Registry
 from molora.schema import Schema
@@ -42,7 +45,15 @@ class AbstractExperts(nn.Module, abc.ABC):
     """Whether the update is zero before training."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Parameters that are saved and never trained."""
+    linear: ClassVar[bool] = True
+    """Whether an expert is a change of weight and bias, so that it can be merged."""
+    peft_type: ClassVar[str | None] = None
+    """Name of the method in PEFT; None where PEFT has it not."""
     num_experts: int
+    frozen_weight: Callable[[], Tensor]
+    """Gives the frozen weight [O, I], dequantised; the bank sets it."""
+    frozen_bias: Callable[[], Tensor | None]
+    """Gives the frozen bias [O], if there is one; the bank sets it."""
 
     def start(self, weight: Tensor) -> None:
         """Take initial values from the frozen weight [O, I]; most families take none.
@@ -104,6 +115,39 @@ class AbstractExperts(nn.Module, abc.ABC):
     @abc.abstractmethod
     def count(self) -> int:
         """Number of values that this bank trains."""
+
+    def to_peft(self, expert: int) -> PeftForm:
+        """One expert in PEFT's own format of the method.
+
+        Raises:
+            WrapError: PEFT has no such method.
+        """
+        raise WrapError(f"PEFT has no format for {type(self).__name__}")
+
+    @classmethod
+    def from_peft(
+        cls,
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        in_features: int,
+        out_features: int,
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Read one layer of a PEFT adapter.
+
+        Args:
+            settings: PEFT's config, patterns of the layer applied.
+            tensors: By what follows the module path, as in ``PeftForm``, with those
+                outside the layers beside them.
+            in_features: I.
+            out_features: O.
+
+        Returns:
+            The ``experts`` block of a bank of one expert, and its state dict.
+
+        Raises:
+            WrapError: PEFT has no such method, or a variant that is not this one.
+        """
+        raise WrapError(f"PEFT has no format for {cls.__name__}")
 
 
 class BilinearExperts(AbstractExperts):

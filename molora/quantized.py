@@ -83,7 +83,7 @@ def loading(quantization: str, device: str | None) -> dict[str, Any]:
 
 def settle(model: PreTrainedModel, name: str, quantization: str) -> None:
     """Check that the model was quantised as asked, and let it compute in its dtype."""
-    quantizer = model.hf_quantizer
+    quantizer: Any = model.hf_quantizer
     layers = [module for module in model.modules() if bits_of(module) is not None]
     if quantizer.pre_quantized or not layers:
         reason = "is quantised already" if layers else "has no linear layer to quantise"
@@ -112,7 +112,8 @@ def dequantised(layer: nn.Module) -> Tensor:
         weight: Tensor = bnb.functional.dequantize_4bit(held.data, held.quant_state)
         return weight
     # the scale moves from the weight to the state in the first forward
-    scale = held.SCB if held.SCB is not None else layer.state.SCB
+    state: Any = layer.state
+    scale = held.SCB if held.SCB is not None else state.SCB
     weight = bnb.functional.int8_vectorwise_dequant(held.data, scale)
     return weight
 
@@ -205,8 +206,8 @@ def _reads_width(in_features: int) -> bool:
 
 def relative(value: Tensor, reference: Tensor) -> float:
     """Distance of two tensors over the norm of the second."""
-    wide = reference.float()
-    return float((value.float() - wide).norm() / wide.norm())
+    wide = reference.detach().float()
+    return float((value.detach().float() - wide).norm() / wide.norm())
 
 
 def plain_linear(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:

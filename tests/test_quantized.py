@@ -229,11 +229,13 @@ def test_the_trap_of_a_bare_layer_in_eval_mode() -> None:
     with torch.no_grad():
         layer.eval()(torch.randn(3, 64))
     assert layer.weight.quant_state.packing_format_for_cpu
+    # no gradient, or one of other operations, of which torch warns
     x = torch.randn(3, 64, requires_grad=True)
     y = layer.train()(x)
     if y.requires_grad:
         y.sum().backward()
-    assert x.grad is None
+    want = right.sum(0).expand(3, 64)
+    assert x.grad is None or quantized.relative(x.grad, want) > 0.5
     spoilt = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     assert quantized.relative(spoilt.view_as(right), right) > 0.5
     with pytest.raises(WrapError, match=r"'lin' ran in eval mode on the CPU"):

@@ -153,7 +153,7 @@ class MergeableLinear(nn.Module):
             bias = self._sum(bias, delta_O)
         costs = {name: relative(merged, value) for name, value in sums.items()}
         self.merge_cost = MergeCost(costs["dequantised"], costs.get("original"))
-        self.base, self.quantised = plain_linear(layer, merged, bias), layer
+        self.base, self.quantised = plain_linear(layer, merged, dtype, bias), layer
 
     def _sum(self, values: Tensor, delta: Tensor) -> Tensor:
         """Add in the wider dtype, return in that of the values."""

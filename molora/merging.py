@@ -17,7 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from molora.errors import WrapError
 from molora.layer import MoloraLinear
 from molora.mergeable import MergeCost
-from molora.quantized import bits_of, compute_dtype, dequantised, relative
+from molora.quantized import (
+    bits_of,
+    compute_dtype,
+    dequantised,
+    plain_linear,
+    relative,
+)
 from molora.wrapped import adapter_parameters, sites
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,9 +34,9 @@ BASES = ("dequantised", "original")
 def merge(model: M, base: str | None = None, original: nn.Module | None = None) -> M:
     """Fold each bank's update into its base weight; what was there is kept.
 
-    Each quantised layer becomes an ordinary one, in the dtype that it computed in, and
-    ``merge_costs`` tells how far that is from either weight. ``unwrap`` then makes the
-    rest of the model ordinary as well.
+    Every quantised layer of the model, with experts or without, becomes an ordinary
+    one in the dtype that it computed in; ``merge_costs`` tells how far those with
+    experts are from either weight.
 
     Args:
         model: A wrapped model whose banks all have one expert (see ``collapse``).
@@ -54,7 +60,9 @@ def merge(model: M, base: str | None = None, original: nn.Module | None = None) 
     _check_untied(model, found)
     quantised = {p: s.base for p, s in found.items() if bits_of(s.base) is not None}
     check_choice(bool(quantised), base, original is not None)
-    weights = {} if original is None else _originals(original, quantised)
+    rest = _others(model, quantised) if quantised else {}
+    layers = {**quantised, **rest}
+    weights = {} if original is None else _originals(original, layers)
     banks = adapter_parameters(model)
     frozen = [p for name, p in model.named_parameters() if name not in banks]
     done: list[MoloraLinear] = []
@@ -71,11 +79,16 @@ def merge(model: M, base: str | None = None, original: nn.Module | None = None) 
         for site in done:
             site.unmerge()
         raise
+    for path, layer in rest.items():
+        weight = weights[path] if base == "original" else dequantised(layer)
+        plain = plain_linear(layer, weight, compute_dtype(layer, frozen))
+        model.set_submodule(path, plain)
+    model.__dict__["_molora_state"]["quantised"] = rest
     return model
 
 
 def unmerge(model: M) -> M:
-    """Restore the exact bytes of the base weights.
+    """Restore the exact bytes of the base weights, and the quantised layers.
 
     Raises:
         WrapError: The model is not merged.
@@ -85,6 +98,8 @@ def unmerge(model: M) -> M:
         raise WrapError("the model is not merged; there is nothing to restore")
     for site in merged:
         site.unmerge()
+    for path, layer in model.__dict__["_molora_state"].pop("quantised").items():
+        model.set_submodule(path, layer)
     return model
 
 
@@ -164,6 +179,16 @@ def _originals(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, T
             )
         found[path] = weight
     return found
+
+
+def _others(model: nn.Module, taken: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Quantised layers by path, without those taken."""
+    known = {id(layer) for layer in taken.values()}
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if bits_of(layer) is not None and id(layer) not in known
+    }
 
 
 def _check_untied(model: nn.Module, found: dict[str, MoloraLinear]) -> None:

@@ -74,8 +74,7 @@ def unwrap(model: M) -> M:
     """Remove the banks and give the model its own class back, in place.
 
     A merged update stays in the weights: ``merge`` then ``unwrap`` leaves a plain model
-    with the update folded in, without a quantised layer; ``unwrap`` alone restores the
-    base exactly.
+    with the update folded in; ``unwrap`` alone restores the base exactly.
 
     Args:
         model: A wrapped model.
@@ -92,7 +91,7 @@ def unwrap(model: M) -> M:
         _replace(model, path, site.base)
     detach(model)
     if plain:
-        quantized.dequantise_rest(model)
+        quantized.drop_marks(model)
     return model
 
 

@@ -210,31 +210,32 @@ def relative(value: Tensor, reference: Tensor) -> float:
     return float((value.detach().float() - wide).norm() / wide.norm())
 
 
-def plain_linear(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def plain_linear(
+    layer: nn.Module, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> nn.Linear:
     """An ordinary frozen layer in the place of a quantised one.
 
     Args:
-        layer: The quantised layer, whose mode is taken.
-        weight: [O, I].
-        bias: [O].
+        layer: The quantised layer; bias, device and mode are taken from it.
+        weight: [O, I]; it is copied.
+        dtype: Dtype of the new layer.
+        bias: [O], instead of that of the layer.
     """
+    held: Any = layer
+    bias = held.bias if bias is None else bias
     made = nn.Linear(
         weight.shape[1], weight.shape[0], bias=bias is not None, device="meta"
     )
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    for name, values in {"weight": weight, "bias": bias}.items():
+        if values is not None:
+            values = values.detach().to(held.weight.device, dtype, copy=True)
+            setattr(made, name, nn.Parameter(values, requires_grad=False))
     return made.train(layer.training)
 
 
-def dequantise_rest(model: nn.Module) -> None:
-    """Make a model with some merged layers ordinary: no quantised layer, no mark."""
-    for path, layer in list(model.named_modules()):
-        if bits_of(layer) is not None:
-            weight = dequantised(layer).to(compute_dtype(layer, model.parameters()))
-            plain = plain_linear(layer, weight, layer.bias)  # type: ignore[arg-type]
-            model.set_submodule(path, plain)
-    quantizer = getattr(model, "hf_quantizer", None)
+def drop_marks(model: nn.Module) -> None:
+    """Let transformers know that a model is quantised no more."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
         for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):

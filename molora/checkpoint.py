@@ -31,6 +31,7 @@ from molora.manifest import CARD, CONFIG, TENSORS, write_json
 from molora.manifest import write_manifest as write_manifest
 from molora.model import check_wrappable, sites, unwrap, wrap
 from molora.model_card import is_generated, model_card
+from molora.quantized import known_weight
 from molora.saved import AdapterFile, SavedAdapter, read_adapter
 from molora.saved import newest_valid as newest_valid
 from molora.saved import verify as verify
@@ -118,7 +119,7 @@ def write_adapter(
     file = AdapterFile(
         base_model_name_or_path=base,
         adapter=config.to_dict(),
-        base=fingerprint(model, {p: site.base_weight() for p, site in found.items()}),
+        base=fingerprint(model, {p: site.known_weight() for p, site in found.items()}),
     )
     write_json(folder / CONFIG, file.to_dict())
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -137,7 +138,8 @@ def load(
     anything is wrong, the base is as it was. Train or eval mode is not changed.
 
     Args:
-        base_model: The model that the adapter was trained on, in any floating dtype.
+        base_model: The model that the adapter was trained on, in any floating dtype,
+            quantised or not.
         folder: What ``save_pretrained`` wrote, or a trainer's checkpoint.
         trainable: Leave trainable what the adapter's config says is trained.
         allow_base_mismatch: Accept a base with other weights or config, for example a
@@ -159,7 +161,7 @@ def load(
         raise CheckpointError(
             f"{folder}: does not fit this base: {error}. Load {_base_of(saved)}"
         ) from None
-    weights = {p: module.get_parameter("weight") for p, module in targets.items()}
+    weights = {path: known_weight(layer) for path, layer in targets.items()}
     _check_base(saved, fingerprint(base_model, weights), allow_base_mismatch)
     with contextlib.ExitStack() as undo:
         wrap(base_model, saved.config)
@@ -202,7 +204,7 @@ def load_adapter_state(
             f"{folder}: saved with another adapter config ({told}). Wrap the model as "
             "it was, or use molora.load on a plain base"
         )
-    weights = {path: site.base_weight() for path, site in found.items()}
+    weights = {path: site.known_weight() for path, site in found.items()}
     _check_base(saved, fingerprint(model, weights), allow_base_mismatch)
     _fill(model, saved)
 

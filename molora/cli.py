@@ -214,12 +214,20 @@ def merge(
         Path | None,
         typer.Option(help="Folder to write.", show_default="<output_dir>/merged"),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of a quantised base to add to: dequantised or original.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a plain model with the adapter folded in."""
     run = _read(config, overrides)
     from molora.commands import deploy
 
-    deploy.merge(run, _single(run, adapter), output or run.output_dir / "merged")
+    folder = output or run.output_dir / "merged"
+    deploy.merge(run, _single(run, adapter), folder, base)
 
 
 @app.command(epilog="Example: molora export run.yaml --output peft_adapter")

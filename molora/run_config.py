@@ -28,6 +28,9 @@ class ModelSettings(Schema):
     """Type of the frozen weights; auto keeps what is stored."""
     device: str | None = None
     """Where the model goes, for example cuda; the CPU by default."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """How the linear layers of the frozen base are held: nf4 is 4 bits with double
+    quantisation, computing in ``dtype``; none keeps what is stored."""
 
 
 class CollapseSettings(Schema):

@@ -32,7 +32,9 @@ notes = Console(stderr=True)
 def base(config: RunConfig) -> Loaded:
     """Load the base model of a run and its tokenizer."""
     settings = config.model
-    return load_base(settings.name, settings.dtype, settings.device)
+    return load_base(
+        settings.name, settings.dtype, settings.device, settings.quantization
+    )
 
 
 def trained(config: RunConfig, adapter: Path) -> Loaded:

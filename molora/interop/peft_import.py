@@ -28,6 +28,12 @@ from molora.freezing import Train
 from molora.interop.general import Subtract, subtract_general
 from molora.interop.peft_experts import ROUTER, router_values
 from molora.interop.peft_folder import PeftLora, read_lora
+from molora.interop.xlora_import import (
+    is_xlora,
+    read_xlora,
+    split_xlora,
+    xlora_base,
+)
 from molora.layer import SUPPORTED, MoloraLinear, sizes
 from molora.model import check_wrappable, sites, unwrap, wrap
 
@@ -51,16 +57,20 @@ def import_peft(
 
     Read are ordinary LoRAs with their own ranks, alphas, rank and alpha patterns, with
     or without rsLoRA. All must have the same target layers, except where each row
-    names its adapter (router.kind ``adapter``): one that lacks a layer adds nothing
-    there, trained or not, as by itself.
+    names its adapter (router.kind ``adapter``) or one classifier weighs them (xlora):
+    one that lacks a layer adds nothing there, trained or not, as by itself.
+
+    A PEFT X-LoRA is read with its classifier. PEFT keeps its LoRAs frozen, which is
+    ``train: router`` here.
 
     Args:
         base_model: The model that the adapters were trained on.
         folders: What PEFT's ``save_pretrained`` wrote, one for each expert. A single
-            one makes an ordinary adapter.
+            one makes an ordinary adapter; that of an X-LoRA stands for the LoRAs that
+            it names and for its router.
         router: Settings of the router, as in a YAML; or the folder that
-            ``export_peft_experts`` wrote, whose routers are used. None is for one
-            adapter.
+            ``export_peft_experts`` wrote, whose routers are used, or that of an X-LoRA
+            whose LoRAs are elsewhere now. None is for one adapter.
         train: ``router`` freezes the experts, ``all`` trains them along; ``newest`` is
             for ``molora.grow``.
         balance: Balance objectives, as in a YAML.
@@ -97,12 +107,15 @@ def import_peft(
         raise CheckpointError("import_peft: give at least one folder of a PEFT LoRA")
     if general_form not in get_args(Subtract):
         raise ConfigError(f"general_form: {general_form!r} is none of delta, factors")
+    folders, router = split_xlora(folders, router)
     loras = [read_lora(folder) for folder in folders]
     known = [read_lora(folder) for folder in general]
-    _check_bases(base_model, [*loras, *known], allow_base_mismatch)
+    told = [*loras, *known, *xlora_base(router)]
+    _check_bases(base_model, told, allow_base_mismatch)
     paths = list(dict.fromkeys(path for lora in loras for path in lora.factors))
-    routers, weights = _routers(router, paths)
-    named = all(settings.get("kind") == "adapter" for settings in routers.values())
+    routers, weights = _routers(router, base_model, paths, len(loras))
+    apart = ("adapter", "xlora")
+    named = all(settings.get("kind") in apart for settings in routers.values())
     _check_targets(base_model, [*loras, *known], named, bool(known))
     if known:
         loras = [subtract_general(lora, known, general_form) for lora in loras]
@@ -140,7 +153,7 @@ def _check_targets(
 ) -> None:
     """Refuse layers that the model lacks, and different ones unless rows name them."""
     first, modules = loras[0], dict(model.named_modules())
-    why = "which goes only where each row names its adapter: router.kind adapter"
+    why = "which goes with router.kind adapter or xlora only"
     if general:
         why = "but general adapters and experts need the same layers, with any router"
     for lora in loras:
@@ -179,11 +192,17 @@ def _experts(loras: list[PeftLora], path: str, dropout: float) -> dict[str, Any]
 
 
 def _routers(
-    router: Mapping[str, Any] | str | Path | None, paths: list[str]
+    router: Mapping[str, Any] | str | Path | None,
+    model: nn.Module,
+    paths: list[str],
+    num_experts: int,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Router settings by site, and weights where a file holds them."""
     if router is None or isinstance(router, Mapping):
         return dict.fromkeys(paths, dict(router or {"kind": "none"})), {}
+    if is_xlora(router):
+        settings, weights = read_xlora(Path(router), model, paths, num_experts)
+        return dict.fromkeys(paths, settings), weights
     file = Path(router) / ROUTER
     try:
         with safe_open(file, "pt") as opened:

@@ -35,7 +35,8 @@ def make_banks(
 
     Raises:
         WrapError: Layers that cannot share a routing or a tensor, or form an FFN of
-            whole experts, a router that needs what the model has not, or nothing to balance.
+            whole experts, a router that needs what the model has not, or nothing to
+            balance.
     """
     settings = {path: config.site(path) for path in targets}
     leader_of = leaders(settings)

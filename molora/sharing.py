@@ -4,7 +4,6 @@ Legend: I in features   O out features
 """
 
 import hashlib
-import re
 from collections.abc import Mapping
 
 import torch

@@ -134,7 +134,9 @@ def test_one_optimizer_step_moves_what_layers_share_once(tiny_llama: Factory) ->
     # the same loss by a tensor of its own at every site
     apart: Any = molora.wrap(tiny_llama(), config(shared=["A"]))
     with torch.no_grad():
-        for mine, theirs in zip(sites(apart).values(), sites(model).values()):
+        for mine, theirs in zip(
+            sites(apart).values(), sites(model).values(), strict=True
+        ):
             mine.experts.A.copy_(theirs.experts.value("A"))
             mine.experts.Bt.copy_(theirs.experts.Bt)
             mine.router.load_state_dict(theirs.router.state_dict())

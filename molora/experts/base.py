@@ -187,7 +187,7 @@ class BilinearExperts(AbstractExperts):
             base,
             top_k=top_k,
             dropout=self.lora_dropout,
-            seed=_seed(),
+            seed=dropout_seed(),
         )
 
     def scales(self) -> list[float]:
@@ -213,7 +213,7 @@ class BilinearExperts(AbstractExperts):
         return self.scales()[expert] * (b_rO.t() @ a_rI)
 
 
-def _seed() -> int | Tensor:
+def dropout_seed() -> int | Tensor:
     """Seed of one mask, of the global generator, which checkpointing rewinds."""
     drawn = torch.randint(2**62, ())
     # a compiled graph draws another one each time it runs

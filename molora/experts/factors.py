@@ -85,12 +85,12 @@ class FactorConfig(ExpertsConfig):
     @pydantic.model_validator(mode="after")
     def _sharing_means_something(self) -> Self:
         scopes = self.scopes()
-        if len(scopes) == len(self.TENSORS):
-            if self.num_experts > 1 or set(scopes.values()) == {"experts"}:
-                raise ValueError(
-                    f"shared: experts that share {' and '.join(scopes)} would all be "
-                    "the same expert; leave one of them out"
-                )
+        several = self.num_experts > 1 or set(scopes.values()) == {"experts"}
+        if len(scopes) == len(self.tensors()) and several:
+            raise ValueError(
+                f"shared: experts that share {' and '.join(scopes)} would all be the "
+                "same expert; leave one of them out"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -122,6 +122,10 @@ class FactorConfig(ExpertsConfig):
         if isinstance(self.shared, dict):
             return self.shared
         return dict.fromkeys(self.shared, "experts")
+
+    def tensors(self) -> tuple[str, ...]:
+        """Tensors that there are with these settings."""
+        return tuple(self.TENSORS)
 
     def zero_tensors(self) -> tuple[str, ...]:
         """Tensors that start at zero."""

@@ -43,7 +43,7 @@ class AbstractExperts(nn.Module, abc.ABC):
     ``edit_input`` then changes nothing."""
     starts_at_zero: ClassVar[bool] = True
     """Whether the update is zero before training."""
-    frozen: ClassVar[tuple[str, ...]] = ()
+    frozen: tuple[str, ...] = ()
     """Parameters that are saved and never trained."""
     linear: ClassVar[bool] = True
     """Whether an expert is a change of weight and bias, so that it can be merged."""
@@ -187,7 +187,7 @@ class BilinearExperts(AbstractExperts):
             base,
             top_k=top_k,
             dropout=self.lora_dropout,
-            seed=_seed(),
+            seed=dropout_seed(),
         )
 
     def scales(self) -> list[float]:
@@ -206,11 +206,14 @@ class BilinearExperts(AbstractExperts):
 
     def delta_weight(self, expert: int, weight: Tensor | None = None) -> Tensor:
         """See base class; the frozen weight is not read."""
-        a_rI, b_rO = self.expert_factors(expert)
-        return b_rO.t() @ a_rI
+        A, Bt, _ = self.factors()
+        wide = torch.promote_types(A.dtype, torch.float32)
+        a_rI = A[expert % A.shape[0]].detach().to(wide)
+        b_rO = Bt[expert % Bt.shape[0]].detach().to(wide)
+        return self.scales()[expert] * (b_rO.t() @ a_rI)
 
 
-def _seed() -> int | Tensor:
+def dropout_seed() -> int | Tensor:
     """Seed of one mask, of the global generator, which checkpointing rewinds."""
     drawn = torch.randint(2**62, ())
     # a compiled graph draws another one each time it runs

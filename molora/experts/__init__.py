@@ -10,6 +10,7 @@ from molora.experts.bilora import BiLoRAExperts as BiLoRAExperts
 from molora.experts.factors import FactorConfig as FactorConfig
 from molora.experts.factors import FactorExperts as FactorExperts
 from molora.experts.factors import Place as Place
+from molora.experts.dora import DoRAExperts as DoRAExperts
 from molora.experts.goat import GOATExperts as GOATExperts
 from molora.experts.ia3 import IA3Experts as IA3Experts
 from molora.experts.lora import LoRAExperts as LoRAExperts

@@ -6,3 +6,4 @@ from molora.experts.base import BilinearExperts as BilinearExperts
 from molora.experts.goat import GOATExperts as GOATExperts
 from molora.experts.ia3 import IA3Experts as IA3Experts
 from molora.experts.lora import LoRAExperts as LoRAExperts
+from molora.experts.oft import OFTExperts as OFTExperts

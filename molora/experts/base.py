@@ -41,12 +41,15 @@ class AbstractExperts(nn.Module, abc.ABC):
     takes_layer: ClassVar[bool] = False
     """Whether ``forward`` also takes the frozen layer itself in place of its output;
     ``edit_input`` then changes nothing."""
-    starts_at_zero: ClassVar[bool] = True
+    starts_at_zero: bool = True
     """Whether the update is zero before training."""
-    frozen: ClassVar[tuple[str, ...]] = ()
+    frozen: tuple[str, ...] = ()
     """Parameters that are saved and never trained."""
     linear: ClassVar[bool] = True
     """Whether an expert is a change of weight and bias, so that it can be merged."""
+    adds: ClassVar[bool] = False
+    """Whether ``forward`` adds a term that does not depend on ``base``, so that the
+    term may stand in a sum of families."""
     peft_type: ClassVar[str | None] = None
     """Name of the method in PEFT; None where PEFT has it not."""
     num_experts: int
@@ -157,6 +160,7 @@ class BilinearExperts(AbstractExperts):
     """
 
     takes_layer = True
+    adds = True
     lora_dropout: float = 0.0
 
     @abc.abstractmethod

@@ -13,9 +13,11 @@ from molora.experts.factors import FactorExperts as FactorExperts
 from molora.experts.factors import Place as Place
 from molora.experts.goat import GOATExperts as GOATExperts
 from molora.experts.ia3 import IA3Experts as IA3Experts
+from molora.experts.loha import LoHaExperts as LoHaExperts
 from molora.experts.lora import LoRAExperts as LoRAExperts
 from molora.experts.lotr import LoTRExperts as LoTRExperts
 from molora.experts.melora import MELoRAExperts as MELoRAExperts
+from molora.experts.mora import MoRAExperts as MoRAExperts
 from molora.experts.oft import OFTExperts as OFTExperts
 from molora.experts.prolora import PRoLoRAExperts as PRoLoRAExperts
 from molora.experts.sora import SoRAExperts as SoRAExperts

@@ -47,6 +47,9 @@ class AbstractExperts(nn.Module, abc.ABC):
     """Parameters that are saved and never trained."""
     linear: ClassVar[bool] = True
     """Whether an expert is a change of weight and bias, so that it can be merged."""
+    adds: ClassVar[bool] = False
+    """Whether ``forward`` adds a term that does not depend on ``base``, so that the
+    term may stand in a sum of families."""
     peft_type: ClassVar[str | None] = None
     """Name of the method in PEFT; None where PEFT has it not."""
     num_experts: int
@@ -170,6 +173,7 @@ class BilinearExperts(AbstractExperts):
     """
 
     takes_layer = True
+    adds = True
     lora_dropout: float = 0.0
 
     @abc.abstractmethod

@@ -110,7 +110,7 @@ def test_the_start_is_the_base(kind: str) -> None:
         for model in layers(kind, E, router):
             x, site = input_of(model), site_of(model)
             with torch.no_grad():
-                same = near(model(x), site.base(x), 1e-12)
+                same = near(model(x), site.base(x))
             assert same or not site.experts.starts_at_zero
             if not site.experts.starts_at_zero:
                 told = f"{sys.modules[EXPERTS[kind].__module__].__doc__}".split()
@@ -141,7 +141,7 @@ def test_merge_is_the_forward_and_unmerge_is_exact(kind: str) -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_collapse_is_the_even_mean_or_refused(kind: str) -> None:
     for model in layers(kind, 3, "soft"):
-        experts = sites(disturbed(model))["lin"].experts
+        experts = site_of(disturbed(model)).experts
         if not isinstance(experts, BilinearExperts):
             with pytest.raises(WrapError, match=r"low-rank|linear"):
                 molora.collapse(model, "concat", show_progress=False)
@@ -271,7 +271,8 @@ def test_every_router_gives_the_explicit_sum(kind: str, tiny_llama: Factory) -> 
             stack.enter_context(molora.prompts(model, prompt))
             trace = stack.enter_context(molora.record_routing(model))
             model(**batch)
-        x_TI, y_TO = (values.flatten(0, 1) for values in seen)
+        # the pass of the base, where a router makes one, comes first
+        x_TI, y_TO = (values.flatten(0, 1) for values in seen[-2:])
         gates_TE = trace.sites[site.path].gates[0].to(y_TO.dtype).view(-1, E)
         with torch.no_grad():
             alone_ETO = updates(site, kind, x_TI)

@@ -191,7 +191,8 @@ class OFTExperts(AbstractExperts):
             raise WrapError(
                 "experts.side=output: PEFT's OFT rotates the input; merge instead"
             )
-        settings = {"r": 0, "oft_block_size": self.block}
+        r = self.config.r
+        settings = {"r": r, "oft_block_size": 0 if r else self.block}
         for name in _SHARED_SETTINGS:
             settings[name] = getattr(self.config, name)
         upper = self.upper[expert].detach().clone()
@@ -217,6 +218,8 @@ class OFTExperts(AbstractExperts):
         # b (b - 1) / 2 values give b, also where PEFT adjusted the setting
         block = int((1 + (1 + 8 * upper.shape[1]) ** 0.5) / 2)
         experts: dict[str, Any] = {"kind": "oft", "r": 0, "oft_block_size": block}
+        if settings.get("r") and settings["r"] * block == in_features:
+            experts |= {"r": settings["r"], "oft_block_size": 0}
         for name in _SHARED_SETTINGS:
             experts[name] = settings[name]
         # PEFT writes these also where nothing reads them

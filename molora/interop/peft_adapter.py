@@ -28,14 +28,14 @@ class PeftAdapter:
         base: Name of its base model, if it says so.
         blocks: Settings of a bank of one expert, by module path.
         states: State dict of that bank.
-        keys: Names of the tensors that the layer has in the file.
+        tensors: What the file has for a layer, and outside the layers.
     """
 
     folder: Path
     base: str | None
     blocks: dict[str, dict[str, Any]]
     states: dict[str, dict[str, Tensor]]
-    keys: dict[str, set[str]]
+    tensors: dict[str, dict[str, Tensor]]
 
 
 def family_of(folder: str | Path) -> str:
@@ -103,7 +103,7 @@ def read_adapter(folder: str | Path, family: str, model: nn.Module) -> PeftAdapt
         config.get("base_model_name_or_path"),
         blocks,
         states,
-        {path: {*tensors, *outside} for path, tensors in layers.items()},
+        {path: tensors | outside for path, tensors in layers.items()},
     )
 
 

@@ -112,14 +112,20 @@ def _check_fields(site: MoloraLinear, adapter: PeftAdapter, expert: int) -> None
             continue
         why = WHY.get(name, f"{type(site.experts).__name__} do not know it")
         raise CheckpointError(f"{folder}: {name}={value!r}: {why}")
-    own = {*form.tensors, *form.model_tensors}
-    differing = sorted(own ^ adapter.keys[site.path])
-    if differing:
+    own, theirs = form.tensors | form.model_tensors, adapter.tensors[site.path]
+    if own.keys() != theirs.keys():
         raise CheckpointError(
-            f"{folder}: {site.path} has the tensors {sorted(adapter.keys[site.path])}, "
-            f"where {type(site.experts).__name__} with these settings have "
-            f"{sorted(own)}"
+            f"{folder}: {site.path} has the tensors {sorted(theirs)}, where "
+            f"{type(site.experts).__name__} with these settings have {sorted(own)}"
         )
+    for name, values in theirs.items():
+        # ranks that PEFT cut off are zeros here
+        corner = own[name][tuple(slice(size) for size in values.shape)].cpu().float()
+        if not torch.allclose(corner, values.float(), atol=1e-7):
+            raise CheckpointError(
+                f"{folder}: {name} of {site.path} is not that of the other adapters or "
+                "layers, with which the bank shares it"
+            )
 
 
 def _stacked(adapters: Sequence[PeftAdapter], dropout: float) -> dict[str, Any]:
@@ -156,7 +162,8 @@ def _fill(experts: AbstractExperts, adapters: Sequence[PeftAdapter], path: str) 
     states = [adapter.states[path] for adapter in adapters]
     own = experts.state_dict()
     for adapter, state in zip(adapters, states, strict=True):
-        if state.keys() != own.keys():
+        # what it lacks, another layer owns: _check_fields sees whether it has it
+        if not own.keys() <= state.keys():
             raise CheckpointError(
                 f"{adapter.folder}: {path} gives {sorted(state)}, the bank has "
                 f"{sorted(own)}"

@@ -59,7 +59,7 @@ def write_forms(
         WrapError: Different methods, settings that differ where PEFT has one for all
             layers, or layers that PEFT does not support.
     """
-    forms = {path: site.experts.to_peft(expert) for path, site in found.items()}
+    forms = {path: _form(site, expert) for path, site in found.items()}
     kind = _one_method(forms)
     if kind not in TAKES_CONV1D:
         for path, site in found.items():
@@ -130,6 +130,16 @@ def by_layer(values: Mapping[str, Any], pattern: str, name: str) -> dict[str, An
     usual = Counter(values.values()).most_common(1)[0][0]
     own = {exactly(path): v for path, v in values.items() if v != usual}
     return {name: usual, pattern: own}
+
+
+def _form(site: MoloraLinear, expert: int) -> PeftForm:
+    try:
+        return site.experts.to_peft(expert)
+    except WrapError as error:
+        raise WrapError(
+            f"site {site.path!r}: {error}; or give export_peft a rank for a LoRA that "
+            "comes near it"
+        ) from None
 
 
 def _one_method(forms: Mapping[str, PeftForm]) -> str:

@@ -25,16 +25,58 @@ IDS = torch.arange(1, 25).view(2, 12)
 TARGETS = ["k_proj", "up_proj", "down_proj"]
 """Layers of 32 to 16, 32 to 64 and 64 to 32 features."""
 
+BY_LAYER = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"up_proj": 7}}
 THEIRS: dict[str, list[peft.PeftConfig]] = {
+    "adalora": [
+        peft.AdaLoraConfig(
+            target_modules=TARGETS, init_r=5, target_r=2, lora_alpha=9, total_step=9
+        )
+    ],
+    "dora": [
+        peft.LoraConfig(target_modules=TARGETS, use_dora=True, r=4, lora_alpha=6),
+        peft.LoraConfig(
+            target_modules=TARGETS, use_dora=True, use_rslora=True, **BY_LAYER
+        ),
+    ],
     "ia3": [
         peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
         peft.IA3Config(target_modules=TARGETS, feedforward_modules=r".*\.0\..*_proj"),
     ],
+    "loha": [
+        peft.LoHaConfig(target_modules=TARGETS, r=4, alpha=6),
+        peft.LoHaConfig(target_modules=TARGETS, **BY_LAYER),
+    ],
+    "oft": [
+        peft.OFTConfig(target_modules=TARGETS, oft_block_size=8),
+        peft.OFTConfig(target_modules=TARGETS, r=4, oft_block_size=0),
+        peft.OFTConfig(
+            target_modules=TARGETS, oft_block_size=4, use_cayley_neumann=False
+        ),
+        peft.OFTConfig(
+            target_modules=TARGETS,
+            oft_block_size=4,
+            block_share=True,
+            coft=True,
+            eps=0.5,
+        ),
+    ],
+    "vera": [
+        peft.VeraConfig(target_modules=TARGETS, r=6),
+        peft.VeraConfig(
+            target_modules=TARGETS, r=6, save_projection=False, projection_prng_key=7
+        ),
+    ],
 }
 """By family: what PEFT writes."""
 
+LORA_BY_LAYER = [{"match": "up_proj", "experts": {"inner": {"kind": "lora", "r": 3}}}]
 OURS: dict[str, dict[str, Any]] = {
+    "adalora": {"experts": {"kind": "adalora", "init_r": 4}},
+    "dora": {"overrides": LORA_BY_LAYER},
     "ia3": {"overrides": [{"match": "down", "experts": {"position": "input"}}]},
+    "loha": {"overrides": [{"match": "down", "experts": {"r": 3, "alpha": 2.0}}]},
+    "oft": {"experts": {"kind": "oft", "oft_block_size": 8}},
+    "vera": {"experts": {"kind": "vera", "r": 6}},
 }
 """By family: settings of a bank that PEFT has to read."""
 
@@ -216,6 +258,74 @@ def test_what_cannot_be_written(tiny_llama: Factory, tmp_path: Path) -> None:
         molora.export_peft(model, tmp_path / "out", rank=0)
     assert not (tmp_path / "out").exists()
     assert molora.export_peft(model, tmp_path / "out", rank=4).worst > 0
+
+
+ONCE: list[tuple[str, dict[str, Any], str]] = [
+    ("oft", {"oft_block_size": 4}, r"differ in oft_block_size \(8, 4\).*a rank"),
+    ("adalora", {"lora_alpha": 3.0}, "differ in lora_alpha .* PEFT's ADALORA"),
+    ("vera", {"d_initial": 0.5}, "differ in d_initial"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), ONCE)
+def test_what_peft_says_once_is_not_said_by_layer(
+    kind: str, change: dict[str, Any], message: str, tiny_llama: Factory, tmp_path: Path
+) -> None:
+    overrides = [{"match": "down", "experts": change}]
+    model = wrapped(tiny_llama(), kind, overrides=overrides)
+    with pytest.raises(WrapError, match=message):
+        molora.export_peft(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert molora.export_peft(model, tmp_path / "out", rank=2).worst > 0
+
+
+def test_a_form_that_peft_lacks_is_refused_with_its_layer(
+    tiny_llama: Factory, tiny_gpt2: Factory, tmp_path: Path
+) -> None:
+    alone = {"kind": "vera", "r": 3, "shared": []}
+    model = wrapped(tiny_llama(), "vera", experts=alone)
+    with pytest.raises(WrapError, match=r"k_proj.*one pair of fixed proj.*a rank"):
+        molora.export_peft(model, tmp_path / "out")
+    conv = wrapped(tiny_gpt2(), "loha", target_modules=["c_fc"], overrides=[])
+    with pytest.raises(WrapError, match=r"c_fc' is a Conv1D.*LOHA.*a rank"):
+        molora.export_peft(conv, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert molora.export_peft(conv, tmp_path / "out", rank=32).worst < 1e-6
+
+
+def test_ranks_that_adalora_cut_off(tiny_llama: Factory, tmp_path: Path) -> None:
+    """PEFT leaves them out of its file; here they are zeros, and the scale stays."""
+    theirs: Any = get_peft_model(tiny_llama(), THEIRS["adalora"][0])
+    values(theirs)
+    kept, pattern = [True, False, True, True, False], {}
+    for name, parameter in theirs.base_model.model.named_parameters():
+        if "lora_E" in name:
+            parameter.data[[1, 4]] = 0
+            pattern[name.removesuffix(".default")] = kept
+    theirs.peft_config["default"].rank_pattern = pattern
+    theirs.save_pretrained(tmp_path / "theirs")
+    stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert {len(v) for k, v in stored.items() if "lora_A" in k} == {3}
+    want = logits(theirs)
+    ours = molora.import_peft(tiny_llama(), [tmp_path / "theirs"])
+    molora.export_peft(ours, tmp_path / "ours")
+    back = logits(in_peft(tiny_llama, tmp_path / "ours"))
+    bound = 1e-6 * want.abs().max()
+    assert (logits(ours) - want).abs().max() < bound
+    assert (back - want).abs().max() < bound
+
+
+def test_adapters_from_other_starts_do_not_share(
+    tiny_llama: Factory, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        config = peft.VeraConfig(target_modules=TARGETS, r=6, projection_prng_key=seed)
+        written(tiny_llama, config, folder)
+    model = tiny_llama()
+    with pytest.raises(CheckpointError, match="different A at .*k_proj, which"):
+        molora.import_peft(model, folders, router={"kind": "soft"})
+    assert not is_wrapped(model)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -307,15 +307,16 @@ def normal(std: float) -> Draw:
 def with_middle(A: Tensor, Bt: Tensor, diagonal_Er: Tensor) -> tuple[Tensor, Tensor]:
     """Fold diag(d_e) between B and A into the factor that costs least.
 
-    A factor that the experts share stays shared if the other one does not, and A stays
-    shared if both are.
+    A factor that the experts share stays shared if the other one is not; if both are, A
+    stays shared.
 
     Args:
         A: [E or 1, r, I].
         Bt: [E or 1, r, O].
         diagonal_Er: [E or 1, r].
     """
-    into_a = len(A) > len(Bt) or (len(A) == len(Bt) > 1 and A.shape[2] < Bt.shape[2])
+    alike = len(A) == len(Bt) == len(diagonal_Er)
+    into_a = len(A) > len(Bt) or (alike and A.shape[2] < Bt.shape[2])
     if into_a:
         return diagonal_Er.unsqueeze(-1) * A, Bt
     return A, diagonal_Er.unsqueeze(-1) * Bt

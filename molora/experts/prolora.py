@@ -107,7 +107,7 @@ class PRoLoRAExperts(FactorExperts):
             places=places,
         )
         r, u = config.r, config.unshared_r
-        self.scale = config.lora_alpha / r
+        self.scale, self.unshared_r = config.lora_alpha / r, u
         self.chunks = {"A": config.in_chunks, "B": config.out_chunks}
         for name, wide in (("A", in_features), ("B", out_features)):
             count, fan_in = self.chunks[name], self.features("A")
@@ -134,7 +134,7 @@ class PRoLoRAExperts(FactorExperts):
         step = max(rows // count, 1)
         copies = [chunk.roll(-k * step, 1) for k in range(count)]
         shared = torch.cat(copies, -1)[..., : self._wide[name]]
-        if not self.config.unshared_r:
+        if not self.unshared_r:
             return shared
         own = self.value(f"{name}_unshared")
         stack = max(len(shared), len(own))

@@ -45,7 +45,7 @@ class VeRAExperts(FactorExperts):
         places: See ``FactorExperts``.
     """
 
-    peft_type = "VERA"
+    peft_type: ClassVar[str | None] = "VERA"
 
     class Config(FactorConfig):
         """Settings of VeRA experts."""

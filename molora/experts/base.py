@@ -5,8 +5,8 @@ Shape legend (this folder)
 """
 
 import abc
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import pydantic
 import torch
@@ -41,7 +41,7 @@ class AbstractExperts(nn.Module, abc.ABC):
     takes_layer: ClassVar[bool] = False
     """Whether ``forward`` also takes the frozen layer itself in place of its output;
     ``edit_input`` then changes nothing."""
-    starts_at_zero: ClassVar[bool] = True
+    starts_at_zero: bool = True
     """Whether the update is zero before training."""
     frozen: tuple[str, ...] = ()
     """Parameters that are saved and never trained."""
@@ -150,6 +150,19 @@ class AbstractExperts(nn.Module, abc.ABC):
         raise WrapError(f"PEFT has no format for {cls.__name__}")
 
 
+class Part(NamedTuple):
+    """Factors of one summand of the update of every expert."""
+
+    A: Tensor
+    """[E or 1, r, I]."""
+    Bt: Tensor
+    """[E or 1, r, O]."""
+    scale: float | Tensor
+    """A number or [E]."""
+    dropout: float = 0.0
+    """Dropout on its input in training."""
+
+
 class BilinearExperts(AbstractExperts):
     """Experts of the form delta_e(x) = scale_e * B_e (A_e x).
 
@@ -175,20 +188,11 @@ class BilinearExperts(AbstractExperts):
         Given the layer, a function of x that gives [T, O], backward writes the gradient
         of x once for both. Given None, the result is the update alone.
         """
-        A, Bt, scale = self.factors()
-        if not (self.training and self.lora_dropout):
-            return lowrank_mixture(x, A, Bt, gates, scale, base, top_k=top_k)
-        return lowrank_mixture(
-            x,
-            A,
-            Bt,
-            gates,
-            scale,
-            base,
-            top_k=top_k,
-            dropout=self.lora_dropout,
-            seed=dropout_seed(),
-        )
+        return mixed(self.parts(), x, gates, base, top_k, self.training)
+
+    def parts(self) -> list[Part]:
+        """Summands that together are the factors, where dropout is not on all."""
+        return [Part(*self.factors(), self.lora_dropout)]
 
     def scales(self) -> list[float]:
         """Scale of each expert."""
@@ -211,6 +215,35 @@ class BilinearExperts(AbstractExperts):
         a_rI = A[expert % A.shape[0]].detach().to(wide)
         b_rO = Bt[expert % Bt.shape[0]].detach().to(wide)
         return self.scales()[expert] * (b_rO.t() @ a_rI)
+
+
+def mixed(
+    parts: Sequence[Part],
+    x: Tensor,
+    gates: Tensor | None,
+    base: Tensor | Layer | None,
+    top_k: int | None,
+    training: bool,
+) -> Tensor:
+    """Add gated low-rank parts to the base output; see ``BilinearExperts.forward``."""
+    for A, Bt, scale, dropout in parts:
+        mine = gates
+        if gates is not None and A.shape[0] == Bt.shape[0] == 1 < gates.shape[1]:
+            # all experts have the same
+            mine = gates.sum(-1, keepdim=True)
+        base = lowrank_mixture(
+            x,
+            A,
+            Bt,
+            mine,
+            scale,
+            base,
+            top_k=top_k if mine is gates else None,
+            dropout=dropout if training else 0.0,
+            seed=dropout_seed() if training and dropout else 0,
+        )
+    assert isinstance(base, Tensor)
+    return base
 
 
 def dropout_seed() -> int | Tensor:

@@ -40,9 +40,9 @@ from molora.kernels import Layer
 class DoRAExperts(AbstractExperts):
     """Experts of another linear family, and a magnitude for each output of each.
 
-    Limitations: in training dropout is on the inner update alone; PEFT's DoRA drops
-    values of the base term as well. Around a family that is not low-rank the norms take
-    one dense update at a time, and in training every expert runs twice.
+    Limitations: dropout is on the inner update alone; PEFT's DoRA drops values of the
+    base term as well. Around a family that is not low-rank the norms take one dense
+    update at a time, and in training every expert runs twice.
 
     Args:
         config: Settings.
@@ -194,7 +194,7 @@ class DoRAExperts(AbstractExperts):
             chosen_E = torch.arange(self.num_experts, device=gates.device) == expert
             gates = gates * chosen_E
         wide_TO = plain_TO.to(ratio_O.dtype)
-        update_TO = self.inner(x, gates, wide_TO, 1) - wide_TO
+        update_TO: Tensor = self.inner(x, gates, wide_TO, 1) - wide_TO
         return (update_TO * ratio_O).to(plain_TO.dtype)
 
     @torch.no_grad()
@@ -206,13 +206,14 @@ class DoRAExperts(AbstractExperts):
         """
         with torch.autocast(weight.device.type, enabled=False):
             if isinstance(self.inner, BilinearExperts):
-                return row_norms(weight, *self.inner.factors()).expand(
-                    self.num_experts, -1
-                )
+                c_EO = row_norms(weight, *self.inner.factors())
+                return c_EO.expand(self.num_experts, -1)
             wide_OI = weight.to(torch.promote_types(weight.dtype, torch.float32))
             return torch.stack(
                 [
-                    (wide_OI + self.inner.delta_weight(e, wide_OI)).norm(dim=1)
+                    torch.linalg.vector_norm(
+                        wide_OI + self.inner.delta_weight(e, wide_OI), dim=1
+                    )
                     for e in range(self.num_experts)
                 ]
             )
@@ -222,8 +223,9 @@ class DoRAExperts(AbstractExperts):
         """See base class."""
         wide_OI = weight.to(torch.promote_types(weight.dtype, torch.float32))
         v_OI = wide_OI + self.inner.delta_weight(expert, wide_OI)
-        ratio_O = self.magnitude[expert] / v_OI.norm(dim=1)
-        return ratio_O.unsqueeze(1) * v_OI - wide_OI
+        c_O1 = torch.linalg.vector_norm(v_OI, dim=1, keepdim=True)
+        grown_OI: Tensor = self.magnitude[expert].unsqueeze(1) / c_O1 * v_OI
+        return grown_OI - wide_OI
 
     def count(self) -> int:
         """See base class."""

@@ -249,6 +249,35 @@ def mixed(
     return base
 
 
+def mixed(
+    parts: Sequence[Part],
+    x: Tensor,
+    gates: Tensor | None,
+    base: Tensor | Layer | None,
+    top_k: int | None,
+    training: bool,
+) -> Tensor:
+    """Add gated low-rank parts to the base output; see ``BilinearExperts.forward``."""
+    for A, Bt, scale, dropout in parts:
+        mine = gates
+        if gates is not None and A.shape[0] == Bt.shape[0] == 1 < gates.shape[1]:
+            # all experts have the same
+            mine = gates.sum(-1, keepdim=True)
+        base = lowrank_mixture(
+            x,
+            A,
+            Bt,
+            mine,
+            scale,
+            base,
+            top_k=top_k if mine is gates else None,
+            dropout=dropout if training else 0.0,
+            seed=dropout_seed() if training and dropout else 0,
+        )
+    assert isinstance(base, Tensor)
+    return base
+
+
 def dropout_seed() -> int | Tensor:
     """Seed of one mask, of the global generator, which checkpointing rewinds."""
     drawn = torch.randint(2**62, ())

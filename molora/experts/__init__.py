@@ -3,6 +3,7 @@
 from molora.experts.base import EXPERTS as EXPERTS
 from molora.experts.base import AbstractExperts as AbstractExperts
 from molora.experts.base import BilinearExperts as BilinearExperts
+from molora.experts.bitfit import BitFitExperts as BitFitExperts
 from molora.experts.boft import BOFTExperts as BOFTExperts
 from molora.experts.goat import GOATExperts as GOATExperts
 from molora.experts.ia3 import IA3Experts as IA3Experts

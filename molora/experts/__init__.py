@@ -7,6 +7,8 @@ from molora.experts.base import EXPERTS as EXPERTS
 from molora.experts.base import AbstractExperts as AbstractExperts
 from molora.experts.base import BilinearExperts as BilinearExperts
 from molora.experts.bilora import BiLoRAExperts as BiLoRAExperts
+from molora.experts.bitfit import BitFitExperts as BitFitExperts
+from molora.experts.boft import BOFTExperts as BOFTExperts
 from molora.experts.dora import DoRAExperts as DoRAExperts
 from molora.experts.factors import FactorConfig as FactorConfig
 from molora.experts.factors import FactorExperts as FactorExperts

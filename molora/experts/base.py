@@ -215,38 +215,10 @@ class BilinearExperts(AbstractExperts):
     def delta_weight(self, expert: int, weight: Tensor | None = None) -> Tensor:
         """See base class; the frozen weight is not read."""
         A, Bt, _ = self.factors()
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        b_rO = self.scales()[expert] * Bt[expert % Bt.shape[0]].detach().to(dtype)
-        return b_rO.t() @ A[expert % A.shape[0]].detach().to(dtype)
-
-
-def mixed(
-    parts: Sequence[Part],
-    x: Tensor,
-    gates: Tensor | None,
-    base: Tensor | Layer | None,
-    top_k: int | None,
-    training: bool,
-) -> Tensor:
-    """Add gated low-rank parts to the base output; see ``BilinearExperts.forward``."""
-    for A, Bt, scale, dropout in parts:
-        mine = gates
-        if gates is not None and A.shape[0] == Bt.shape[0] == 1 < gates.shape[1]:
-            # all experts have the same
-            mine = gates.sum(-1, keepdim=True)
-        base = lowrank_mixture(
-            x,
-            A,
-            Bt,
-            mine,
-            scale,
-            base,
-            top_k=top_k if mine is gates else None,
-            dropout=dropout if training else 0.0,
-            seed=dropout_seed() if training and dropout else 0,
-        )
-    assert isinstance(base, Tensor)
-    return base
+        wide = torch.promote_types(A.dtype, torch.float32)
+        a_rI = A[expert % A.shape[0]].detach().to(wide)
+        b_rO = Bt[expert % Bt.shape[0]].detach().to(wide)
+        return self.scales()[expert] * (b_rO.t() @ a_rI)
 
 
 def mixed(

@@ -7,7 +7,8 @@
 
 Reference: Qiu et al. 2023, arXiv:2306.07280 (OFT, COFT); Qiu et al. 2025,
 arXiv:2506.19847 (rotating the input, Cayley-Neumann); PEFT's conventions. One expert
-with gate 1 is OFT with the merged weight W R^T.
+with gate 1 is OFT with the merged weight W R^T. With ``side: output`` the weight is
+R_e W, of the output without its bias.
 
 The two branches turn opposite ways: the series of t terms tends to (I + Q)(I - Q)^-1,
 which is the transpose of the exact R for the same Q. So ``use_cayley_neumann`` belongs
@@ -148,8 +149,9 @@ class OFTExperts(AbstractExperts):
         return (base + self._change(plain_TO, gates)).to(base.dtype)
 
     def _change(self, values_Tn: Tensor, gates: Tensor | None) -> Tensor:
-        """sum_e g_e (values R_e - values)."""
-        return gated_sum(turned, values_Tn, [self.turns()], gates)
+        """sum_e g_e (values R_e - values), of the output with R_e^T."""
+        turns = self.turns() if self.on_input else self.turns().mT
+        return gated_sum(turned, values_Tn, [turns], gates)
 
     def turns(self) -> Tensor:
         """R - I, [E, k, b, b], at least float32."""
@@ -175,11 +177,9 @@ class OFTExperts(AbstractExperts):
         return upper + (held - upper).detach()
 
     def delta_weight(self, expert: int, weight: Tensor) -> Tensor:
-        """See base class: W R^T - W, or R^T W - W of the output."""
-        turn = self.turns()[expert].detach().to(weight.dtype)
-        if self.on_input:
-            return turned(weight, turn.mT)
-        return turned(weight.t(), turn).t()
+        """See base class: W R^T - W, or R W - W of the output."""
+        turn = self.turns()[expert].detach().to(weight.dtype).mT
+        return turned(weight, turn) if self.on_input else turned(weight.t(), turn).t()
 
     def count(self) -> int:
         """See base class: E n (b - 1) / 2, or E b (b - 1) / 2 with block_share."""
@@ -250,7 +250,7 @@ def skew(upper: Tensor, block: int) -> Tensor:
     """Q = U - U^T [.., b, b] from the strict upper triangle of U, row by row."""
     i, j = torch.triu_indices(block, block, 1, device=upper.device)
     flat = upper.new_zeros(*upper.shape[:-1], block * block)
-    U = flat.index_copy(-1, i * block + j, upper).unflatten(-1, (block, block))
+    U: Tensor = flat.index_copy(-1, i * block + j, upper).unflatten(-1, (block, block))
     return U - U.mT
 
 

@@ -74,7 +74,7 @@ def delta(site: Any, form: str) -> Any:
         change = dense(site.experts.upper[e], n, settings)
         change = change - torch.eye(n, dtype=change.dtype)
         weight = site.base.weight
-        return x @ weight.T @ change if on_output else x @ change @ weight.T
+        return x @ weight.T @ change.T if on_output else x @ change @ weight.T
 
     return of
 
@@ -131,8 +131,8 @@ def test_the_output_side_is_what_lycoris_computes() -> None:
     site = site_of(settings, t["base.weight"])
     R = t["param.blocks"].requires_grad_()
     i, j = torch.triu_indices(4, 4, 1)
-    # its q is R - R^T, and it takes the inverse rotation of q
-    upper = -(R - R.mT)[:, i, j]
+    # its q is R - R^T, and it takes the inverse rotation transposed
+    upper = (R - R.mT)[:, i, j]
     site.experts.upper.data.copy_(upper.detach())
     merged = run(site, torch.eye(11, dtype=torch.float64), None).T
     rescale = t["param.rescale"].requires_grad_()

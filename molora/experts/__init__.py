@@ -6,5 +6,6 @@ from molora.experts.base import BilinearExperts as BilinearExperts
 from molora.experts.goat import GOATExperts as GOATExperts
 from molora.experts.ia3 import IA3Experts as IA3Experts
 from molora.experts.loha import LoHaExperts as LoHaExperts
+from molora.experts.lokr import LoKrExperts as LoKrExperts
 from molora.experts.lora import LoRAExperts as LoRAExperts
 from molora.experts.mora import MoRAExperts as MoRAExperts

@@ -16,6 +16,7 @@ from molora.experts.factors import Place as Place
 from molora.experts.goat import GOATExperts as GOATExperts
 from molora.experts.ia3 import IA3Experts as IA3Experts
 from molora.experts.loha import LoHaExperts as LoHaExperts
+from molora.experts.lokr import LoKrExperts as LoKrExperts
 from molora.experts.lora import LoRAExperts as LoRAExperts
 from molora.experts.lotr import LoTRExperts as LoTRExperts
 from molora.experts.melora import MELoRAExperts as MELoRAExperts

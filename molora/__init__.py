@@ -12,6 +12,7 @@ from molora.grow import grow as grow
 from molora.interop.peft import export_peft as export_peft
 from molora.interop.peft_experts import export_peft_experts as export_peft_experts
 from molora.interop.peft_import import import_peft as import_peft
+from molora.masks import mask_by_magnitude as mask_by_magnitude
 from molora.merging import merge as merge
 from molora.merging import merge_costs as merge_costs
 from molora.merging import unmerge as unmerge

@@ -226,12 +226,20 @@ def export(
         Path | None,
         typer.Option(help="Folder to write.", show_default="<output_dir>/peft"),
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Write a LoRA of this rank, and tell what it costs.",
+            show_default="the method itself",
+            min=1,
+        ),
+    ] = None,
 ) -> None:
-    """Write a one-expert adapter as a PEFT LoRA."""
+    """Write a one-expert adapter in PEFT's format of its method, or as a LoRA."""
     run = read_run(config, overrides)
     from molora.commands import deploy
 
-    deploy.export(run, _single(run, adapter), output or run.output_dir / "peft")
+    deploy.export(run, _single(run, adapter), output or run.output_dir / "peft", rank)
 
 
 @app.command(epilog="Example: molora inspect runs/quickstart/adapter")

@@ -7,7 +7,7 @@ Shape legend
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from molora import shared_shrink
 from molora.config import SiteConfig
 from molora.context import ForwardContext, Runtime, in_backward
 from molora.errors import RoutingError
-from molora.experts import EXPERTS, AbstractExperts
+from molora.experts import EXPERTS, AbstractExperts, FactorExperts, Place
 from molora.ffn import enter, leave, slots_of
 from molora.kernels import Layer
 from molora.mergeable import MergeableLinear
@@ -54,6 +54,7 @@ class MoloraLinear(MergeableLinear):
             of routers.
         generator: CPU generator that draws the initial values.
         leader: Layer whose routing this one follows; None where it routes for itself.
+        places: Of the experts' tensors that are not this layer's own.
 
     Attributes:
         followers: Layers that follow this one's routing.
@@ -74,6 +75,7 @@ class MoloraLinear(MergeableLinear):
         objectives: Sequence[tuple[Objective, float]],
         generator: torch.Generator,
         leader: "MoloraLinear | None" = None,
+        places: Mapping[str, Place] | None = None,
     ):
         super().__init__(base)
         self.in_features, self.out_features = sizes(base)
@@ -86,6 +88,7 @@ class MoloraLinear(MergeableLinear):
             in_features=self.in_features,
             out_features=self.out_features,
             generator=generator,
+            **({"places": places} if issubclass(experts, FactorExperts) else {}),
         )
         self.experts.frozen_weight = self._weight_OI
         self.experts.frozen_bias = self._bias_O

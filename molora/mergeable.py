@@ -46,6 +46,7 @@ class MergeableLinear(nn.Module):
         self.base = base
         self.backup: Tensor | None = None
         self.backup_bias: Tensor | None = None
+        self.gave_bias = False
         self.quantised: nn.Module | None = None
         self.merge_cost: MergeCost | None = None
 
@@ -105,24 +106,24 @@ class MergeableLinear(nn.Module):
         """Bias of the frozen layer before any merge."""
         layer = self.frozen_layer
         bias: Any = layer.bias if self.backup_bias is None else self.backup_bias
-        return bias if bias is None else bias.detach()
+        if bias is None or self.gave_bias:
+            return None
+        assert isinstance(bias, Tensor)
+        return bias.detach()
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the update into base weight and bias; keep the original bytes."""
+        """Fold the update into base weight and bias; keep the original bytes.
+
+        A layer without a bias gets one where the experts shift its output.
+        """
         assert not self.merged
         delta_OI = self.delta_weight()
-        weight, bias = self.base.weight, self.base.bias
+        weight = self.base.weight
         assert isinstance(weight, nn.Parameter)
         delta = delta_OI.t() if isinstance(self.base, Conv1D) else delta_OI
         merged = self._sum(weight, delta)
-        delta_O = None
-        if isinstance(bias, nn.Parameter):
-            delta_O = self.experts.delta_bias(0, bias)
-        if isinstance(bias, nn.Parameter) and delta_O is not None:
-            merged_bias = self._sum(bias, delta_O)
-            self.backup_bias = bias.detach().clone()
-            bias.copy_(merged_bias)
+        self._merge_bias(len(delta_OI))
         self.backup = weight.detach().clone()
         weight.copy_(merged)
 
@@ -147,13 +148,35 @@ class MergeableLinear(nn.Module):
             for name, weight in weights.items()
         }
         merged = self._finite(sums[onto].to(dtype))
-        bias = self._bias_O()
-        delta_O = None if bias is None else self.experts.delta_bias(0, bias)
-        if bias is not None and delta_O is not None:
-            bias = self._sum(bias, delta_O)
+        bias = self._merged_bias(len(merged), dtype)
         costs = {name: relative(merged, value) for name, value in sums.items()}
         self.merge_cost = MergeCost(costs["dequantised"], costs.get("original"))
         self.base, self.quantised = plain_linear(layer, merged, dtype, bias), layer
+
+    def _merge_bias(self, out_features: int) -> None:
+        """Fold what the experts add to the bias; a layer without one may get one."""
+        old_O = self.base.bias
+        merged_O = self._merged_bias(out_features, self.weight.dtype)
+        if merged_O is None or merged_O is old_O:
+            return
+        if old_O is None:
+            self.base.bias = nn.Parameter(merged_O, requires_grad=False)
+            self.gave_bias = True
+        else:
+            assert isinstance(old_O, Tensor)
+            self.backup_bias = old_O.detach().clone()
+            old_O.copy_(merged_O)
+
+    def _merged_bias(self, out_features: int, dtype: torch.dtype) -> Tensor | None:
+        """Bias with what the experts add; the frozen one where they add nothing."""
+        old_O = self.base.bias
+        zero_O = self.weight.new_zeros(out_features, dtype=dtype)
+        bias_O = zero_O if old_O is None else old_O
+        assert isinstance(bias_O, Tensor)
+        delta_O = self.experts.delta_bias(0, bias_O)
+        if delta_O is None or not delta_O.any():
+            return old_O
+        return self._sum(bias_O, delta_O)
 
     def _sum(self, values: Tensor, delta: Tensor) -> Tensor:
         """Add in the wider dtype, return in that of the values."""
@@ -176,6 +199,9 @@ class MergeableLinear(nn.Module):
         assert isinstance(weight, nn.Parameter)
         weight.copy_(self.backup)
         self.backup = None
+        if self.gave_bias:
+            self.base.bias = None
+            self.gave_bias = False
         if self.backup_bias is not None:
             bias = self.base.bias
             assert isinstance(bias, nn.Parameter)

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import molora
@@ -113,21 +114,31 @@ def merge(config: RunConfig, adapter: Path, output: Path, base: str | None) -> N
             )
 
 
-def export(config: RunConfig, adapter: Path, output: Path) -> None:
-    """Write a one-expert adapter as a PEFT LoRA.
+def export(
+    config: RunConfig, adapter: Path, output: Path, rank: int | None = None
+) -> None:
+    """Write a one-expert adapter for PEFT, and tell what that costs.
 
     Args:
         config: The run.
         adapter: Folder of the adapter.
         output: Folder to write.
+        rank: Rank of a LoRA; None keeps the method.
 
     Raises:
         MoloraError: No adapter, or one that PEFT cannot express.
     """
     session.require_other(adapter, output)
     model, _ = session.trained(config, adapter)
-    molora.export_peft(model, output)
-    session.note(f"Wrote {output}")
+    written = molora.export_peft(model, output, rank)
+    session.note(f"Wrote {output} ({written.peft_type})")
+    if rank is None:
+        return
+    worst = sorted(written.errors.items(), key=lambda one: -one[1])[:WORST]
+    table = Table("layer", "relative error", title=f"as a LoRA of rank {rank}")
+    for path, error in worst:
+        table.add_row(path, f"{error:.2e}")
+    session.out.print(table)
 
 
 def calibration(

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from molora.base_pass import hidden_width
 from molora.errors import CheckpointError, ConfigError
-from molora.interop.peft_folder import PeftLora
 from molora.manifest import CONFIG, TENSORS, read_json
 from molora.routers.xlora import XLoRARouter
 
@@ -107,12 +106,13 @@ def split_xlora(
     return named, found[0]
 
 
-def xlora_base(router: Router) -> list[PeftLora]:
-    """What the base of an X-LoRA folder is called; nothing for other routers."""
+def xlora_base(router: Router) -> dict[str, str | None]:
+    """Base model that an X-LoRA folder names; nothing for other routers."""
     if not isinstance(router, str | Path) or not is_xlora(router):
-        return []
-    base = read_json(Path(router) / CONFIG).get("base_model_name_or_path")
-    return [PeftLora(Path(router), base, {}, {})]
+        return {}
+    return {
+        str(router): read_json(Path(router) / CONFIG).get("base_model_name_or_path")
+    }
 
 
 def read_xlora(

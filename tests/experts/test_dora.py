@@ -342,7 +342,7 @@ def test_trained_values(tiny_llama: Factory) -> None:
     [
         ({"kind": "ia3"}, r"inner\.kind 'ia3' changes what the layer reads"),
         ({"kind": "dora"}, "has magnitudes already"),
-        ({"kind": "lore"}, r"inner\.kind: unknown expert family 'lore'.*'lora'"),
+        ({"kind": "loraa"}, r"inner\.kind: unknown expert family 'loraa'.*'lora'"),
         ({"r": 8}, r"inner\.kind: this field is required"),
         ({"kind": "lora", "num_experts": 2}, "set num_experts of dora"),
         ({"kind": "lora", "rank": 2}, r"experts\.inner\.rank: unknown field"),

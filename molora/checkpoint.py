@@ -288,7 +288,7 @@ def _unfit(tensor: Tensor, parameter: Tensor) -> str:
         shapes = tuple(tensor.shape), tuple(parameter.shape)
         return f"has the shape {shapes[0]} instead of {shapes[1]}"
     wider = torch.promote_types(tensor.dtype, parameter.dtype) != parameter.dtype
-    if wider or not tensor.is_floating_point():
+    if wider or tensor.is_floating_point() != parameter.is_floating_point():
         return f"is {tensor.dtype}, which {parameter.dtype} cannot hold"
     if not _is_finite(tensor):
         return "holds NaN or infinity"

@@ -9,3 +9,4 @@ from molora.experts.loha import LoHaExperts as LoHaExperts
 from molora.experts.lokr import LoKrExperts as LoKrExperts
 from molora.experts.lora import LoRAExperts as LoRAExperts
 from molora.experts.mora import MoRAExperts as MoRAExperts
+from molora.experts.sparse import SparseExperts as SparseExperts

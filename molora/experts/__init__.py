@@ -24,4 +24,6 @@ from molora.experts.mora import MoRAExperts as MoRAExperts
 from molora.experts.oft import OFTExperts as OFTExperts
 from molora.experts.prolora import PRoLoRAExperts as PRoLoRAExperts
 from molora.experts.sora import SoRAExperts as SoRAExperts
+from molora.experts.sparse import SparseExperts as SparseExperts
+from molora.experts.sum import SumExperts as SumExperts
 from molora.experts.vera import VeRAExperts as VeRAExperts

@@ -197,7 +197,8 @@ def test_activation_checkpointing(kind: str, tiny_llama: Factory) -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_base_in_half_precision(kind: str, tiny_llama: Factory) -> None:
-    for E, router in ((1, "none"), (3, "topk")):
+    # a rounded score could choose another expert
+    for E, router in ((1, "none"), (3, "soft")):
         model = tiny(tiny_llama).bfloat16()
         model = disturbed(wrapped(model, kind, E, router)).train()
         exact = copy.deepcopy(model).float()

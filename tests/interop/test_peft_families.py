@@ -70,6 +70,7 @@ THEIRS: dict[str, list[peft.PeftConfig]] = {
             eps=0.5,
         ),
     ],
+    "sparse": [peft.ShiraConfig(target_modules=TARGETS, r=2, random_seed=3)],
     "vera": [
         peft.VeraConfig(target_modules=TARGETS, r=6),
         peft.VeraConfig(
@@ -89,6 +90,7 @@ OURS: dict[str, dict[str, Any]] = {
     "loha": {"overrides": [{"match": "down", "experts": {"r": 3, "alpha": 2.0}}]},
     "lokr": {"overrides": [{"match": "down", "experts": {"r": 2, "alpha": 2.0}}]},
     "oft": {"experts": {"kind": "oft", "oft_block_size": 8}},
+    "sparse": {"experts": {"kind": "sparse", "r": 2}},
     "vera": {"experts": {"kind": "vera", "r": 6}},
 }
 """By family: settings of a bank that PEFT has to read."""

@@ -7,7 +7,7 @@ from molora.experts.base import EXPERTS as EXPERTS
 from molora.experts.base import AbstractExperts as AbstractExperts
 from molora.experts.base import BilinearExperts as BilinearExperts
 from molora.experts.bilora import BiLoRAExperts as BiLoRAExperts
-from molora.experts.factors import FactorConfig as FactorConfig
+from molora.experts.factor_config import FactorConfig as FactorConfig
 from molora.experts.factors import FactorExperts as FactorExperts
 from molora.experts.factors import Place as Place
 from molora.experts.goat import GOATExperts as GOATExperts

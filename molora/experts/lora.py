@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from molora.experts.base import EXPERTS
-from molora.experts.factors import FactorConfig, FactorExperts, Place, uniform
+from molora.experts.factor_config import FactorConfig
+from molora.experts.factors import FactorExperts, Place, uniform
 
 Rank = Annotated[int, pydantic.Field(ge=1)]
 Alpha = Annotated[float, pydantic.Field(gt=0)]

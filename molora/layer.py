@@ -17,7 +17,7 @@ from molora import shared_shrink
 from molora.config import SiteConfig
 from molora.context import ForwardContext, Runtime, in_backward
 from molora.errors import RoutingError
-from molora.experts import EXPERTS, AbstractExperts, FactorExperts, Place
+from molora.experts import EXPERTS, AbstractExperts, Place
 from molora.ffn import enter, leave, slots_of
 from molora.kernels import Layer
 from molora.mergeable import MergeableLinear
@@ -88,7 +88,7 @@ class MoloraLinear(MergeableLinear):
             in_features=self.in_features,
             out_features=self.out_features,
             generator=generator,
-            **({"places": places} if issubclass(experts, FactorExperts) else {}),
+            **({"places": places} if places else {}),
         )
         self.experts.frozen_weight = self._weight_OI
         self.experts.frozen_bias = self._bias_O

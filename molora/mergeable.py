@@ -200,7 +200,7 @@ class MergeableLinear(nn.Module):
         weight.copy_(self.backup)
         self.backup = None
         if self.gave_bias:
-            self.base.bias = None
+            self.base.register_parameter("bias", None)
             self.gave_bias = False
         if self.backup_bias is not None:
             bias = self.base.bias

@@ -63,7 +63,7 @@ class Sharing:
         Args:
             path: Module path of the layer; those before it in the model are made.
         """
-        config = self.settings[path].experts
+        config = self.settings[path].experts.adapted()
         if not isinstance(config, FactorConfig):
             return {}
         groups, found = self._groups(path), {}
@@ -87,12 +87,13 @@ class Sharing:
     def made(self, path: str, experts: AbstractExperts) -> None:
         """Note a bank, which owns what no layer before it did."""
         for group in self._groups(path).values():
-            assert isinstance(experts, FactorExperts)
-            self.owners.setdefault(group, (path, experts))
+            owner = experts.adapted()
+            assert isinstance(owner, FactorExperts)
+            self.owners.setdefault(group, (path, owner))
 
     def _groups(self, path: str) -> dict[str, Group]:
         """Group of every tensor that a layer shares with others."""
-        config = self.settings[path].experts
+        config = self.settings[path].experts.adapted()
         if not isinstance(config, FactorConfig):
             return {}
         return {
@@ -103,7 +104,7 @@ class Sharing:
 
     def _own(self, path: str, name: str) -> int:
         """I or O of a layer, or 0 for a tensor along the rank."""
-        config = self.settings[path].experts
+        config = self.settings[path].experts.adapted()
         assert isinstance(config, FactorConfig)
         wide_in, wide_out = self._sizes[path]
         return {"in": wide_in, "out": wide_out, "rank": 0}[config.TENSORS[name]]
@@ -149,7 +150,7 @@ def _check_same(
     name: str, first: str, path: str, settings: Mapping[str, SiteConfig]
 ) -> None:
     """Refuse layers that would train one tensor in different ways."""
-    one, two = settings[first].experts, settings[path].experts
+    one, two = (settings[p].experts.adapted() for p in (first, path))
     assert isinstance(one, FactorConfig) and isinstance(two, FactorConfig)
     for field, mine, theirs in (
         ("trainability", two.trainability.get(name), one.trainability.get(name)),

@@ -65,7 +65,12 @@ def router_settings(kind: str, **given: Any) -> dict[str, Any]:
     return _settings(ROUTERS, kind, given)
 
 
-FAMILIES: dict[str, dict[str, Any]] = {"oft": {"oft_block_size": 4}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "boft": {"boft_block_size": 4},
+    "oft": {"oft_block_size": 4},
+    "sparse": {"r": 1},
+    "sum": {"parts": [{"kind": "lora", "r": 2}, {"kind": "sparse", "r": 1}]},
+}
 """Settings that a family needs on small layers."""
 
 

@@ -375,6 +375,22 @@ def test_merge_and_export_give_the_collapsed_logits(
     assert tokenizer("two red")["input_ids"] == [10, 4]
 
 
+def test_export_as_a_lora_of_a_rank_tells_the_cost(
+    folder: Path, run: Path, collapsed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = folder / "out" / "rank1"
+    assert molora_cli("export", run, "--rank", "1", "--output", output) == 0
+    told = capsys.readouterr().out
+    assert "as a LoRA of rank 1" in told and "relative error" in told
+    worst = 0.0
+    for site in sites(load(folder, "collapsed")).values():
+        s = torch.linalg.svdvals(site.delta_weight().double())
+        worst = max(worst, float((s[1:].square().sum() / s.square().sum()).sqrt()))
+    assert f"{worst:.2e}" in told and worst > 0.01
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 1
+    assert molora_cli("export", run, "--rank", "0", "--output", output) == 2
+
+
 def test_foreign_folders_are_left_alone(
     folder: Path, run: Path, collapsed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

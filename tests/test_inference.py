@@ -1,7 +1,8 @@
 """Generation and batching: the same tokens whatever the batch, cache or padding.
 
-Every expert family and every router that is registered is run; those that read the
-prompt depend on where it ends, and are run in routers/test_scopes_inputs.py.
+Every expert family and every router that is registered is run, all pairs of them in
+test_families.py; routers that read the prompt depend on where it ends, and are run in
+routers/test_scopes_inputs.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import molora
-from molora.experts import EXPERTS, BilinearExperts
+from molora.experts import EXPERTS
 from molora.model import adapter_parameters, sites
 from molora.routers import ROUTERS
-from tests.registered import router_settings, takes
+from tests.registered import family_settings, router_settings, takes
 
 Factory = Callable[..., PreTrainedModel]
 KINDS = [
@@ -25,8 +26,7 @@ KINDS = [
     for family in EXPERTS.names()
     for router in ROUTERS.names()
     if not ROUTERS[router].reads_prompt
-    # Arrow reads factors, and refuses experts that have none (tests/routers)
-    and (router != "arrow" or issubclass(EXPERTS[family], BilinearExperts))
+    and (family == "lora" or router in ("none", "soft", "topk"))
 ]
 WHERE = {
     "": {},
@@ -44,9 +44,9 @@ GENERATED = [
     (family, router)
     for family, router in KINDS
     # a step of generation is a forward with a cache, which all of them pass above
-    if "@" not in router and (family == "lora" or router in ("none", "soft", "topk"))
+    if "@" not in router and (family == "lora" or router == "topk")
 ]
-"""What also generates: every router with LoRA, every family with three routers."""
+"""What also generates: every router with LoRA, every family with one router."""
 TASKS = ["scan", "sentiment", "scan"]
 """Names that the routers of the files in configs/ know."""
 
@@ -56,7 +56,7 @@ def build(make: Factory, family: str, router: str) -> Any:
     kind, _, where = router.partition("@")
     raw = {
         "target_modules": "all-linear",
-        "experts": {"kind": family, "num_experts": 1 if router == "none" else 4},
+        "experts": family_settings(family, 1 if router == "none" else 4),
         "router": router_settings(kind, **WHERE[where]),
     }
     model: Any = molora.wrap(make(), molora.AdapterConfig.from_dict(raw))

@@ -9,12 +9,14 @@ from molora.experts.base import BilinearExperts as BilinearExperts
 from molora.experts.bilora import BiLoRAExperts as BiLoRAExperts
 from molora.experts.bitfit import BitFitExperts as BitFitExperts
 from molora.experts.boft import BOFTExperts as BOFTExperts
+from molora.experts.bottleneck import BottleneckExperts as BottleneckExperts
 from molora.experts.dora import DoRAExperts as DoRAExperts
-from molora.experts.factors import FactorConfig as FactorConfig
+from molora.experts.factor_config import FactorConfig as FactorConfig
 from molora.experts.factors import FactorExperts as FactorExperts
 from molora.experts.factors import Place as Place
 from molora.experts.goat import GOATExperts as GOATExperts
 from molora.experts.ia3 import IA3Experts as IA3Experts
+from molora.experts.loda import LoDAExperts as LoDAExperts
 from molora.experts.loha import LoHaExperts as LoHaExperts
 from molora.experts.lokr import LoKrExperts as LoKrExperts
 from molora.experts.lora import LoRAExperts as LoRAExperts
@@ -24,4 +26,6 @@ from molora.experts.mora import MoRAExperts as MoRAExperts
 from molora.experts.oft import OFTExperts as OFTExperts
 from molora.experts.prolora import PRoLoRAExperts as PRoLoRAExperts
 from molora.experts.sora import SoRAExperts as SoRAExperts
+from molora.experts.sparse import SparseExperts as SparseExperts
+from molora.experts.sum import SumExperts as SumExperts
 from molora.experts.vera import VeRAExperts as VeRAExperts

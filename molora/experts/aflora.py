@@ -17,6 +17,7 @@ from typing import Literal
 import pydantic
 
 from molora.experts.base import EXPERTS
+from molora.experts.factor_config import Trained
 from molora.experts.vera import VeRAExperts
 
 
@@ -38,5 +39,5 @@ class AFLoRAExperts(VeRAExperts):
         """Rank of one expert."""
         shared: list[str] | dict[str, str] = []
         """See base class."""
-        trainability: dict[str, Literal["frozen", "seeded", "masked"]] = {}
+        trainability: dict[str, Trained] = {}
         """See base class."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from molora.experts.base import EXPERTS
 from molora.experts.diagonal import DiagonalExperts
-from molora.experts.factors import FactorConfig, Place, uniform
+from molora.experts.factor_config import FactorConfig
+from molora.experts.factors import Place, uniform
 
 
 @EXPERTS.register("alora", paper="arXiv:2403.16187")

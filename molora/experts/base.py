@@ -27,6 +27,10 @@ class ExpertsConfig(Schema):
     num_experts: int = pydantic.Field(default=1, ge=1)
     """E, experts per target layer."""
 
+    def adapted(self) -> "ExpertsConfig":
+        """Settings of the family inside one that goes around others; else its own."""
+        return self
+
 
 class AbstractExperts(nn.Module, abc.ABC):
     """E updates of one frozen layer.
@@ -77,6 +81,10 @@ class AbstractExperts(nn.Module, abc.ABC):
             [T, I] in the dtype of x.
         """
         return x
+
+    def adapted(self) -> "AbstractExperts":
+        """The experts inside these, where the family goes around others."""
+        return self
 
     @abc.abstractmethod
     def forward(

@@ -179,9 +179,10 @@ class BOFTExperts(AbstractExperts):
         scale = V.new_ones(1, self.out_features)
         if self.scale is not None:
             scale = self.scale[expert].detach().clone()
+        number = self.config.boft_block_num
         settings = {
-            "boft_block_size": V.shape[-1],
-            "boft_block_num": 0,
+            "boft_block_size": 0 if number else V.shape[-1],
+            "boft_block_num": number,
             "boft_n_butterfly_factor": V.shape[0],
         }
         return PeftForm("BOFT", settings, {"boft_R": V, "boft_s": scale.reshape(-1, 1)})
@@ -199,9 +200,11 @@ class BOFTExperts(AbstractExperts):
         PEFT's setting of m may be larger than what it trained.
         """
         V, scale = tensors["boft_R"], tensors["boft_s"]
+        number = int(settings.get("boft_block_num") or 0)
         experts = {
             "kind": "boft",
-            "boft_block_size": V.shape[-1],
+            "boft_block_size": 0 if number else V.shape[-1],
+            "boft_block_num": number,
             "boft_n_butterfly_factor": V.shape[0],
             "output_scale": True,
         }

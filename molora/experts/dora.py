@@ -31,8 +31,10 @@ from molora.experts.base import (
     ExpertsConfig,
     mixed,
 )
+from molora.experts.factors import Place
 from molora.experts.magnitude import magnified, row_norms
 from molora.experts.peft_form import PeftForm
+from molora.experts.start import require_values
 from molora.kernels import Layer
 
 
@@ -49,6 +51,7 @@ class DoRAExperts(AbstractExperts):
         in_features: I.
         out_features: O.
         generator: Source of the initial values of the inner family.
+        places: Of the inner family's tensors that layers share.
     """
 
     class Config(ExpertsConfig):
@@ -61,24 +64,19 @@ class DoRAExperts(AbstractExperts):
 
         @pydantic.model_validator(mode="after")
         def _inner_fits(self) -> "DoRAExperts.Config":
-            _check_family(self.inner_config().kind)
+            _check_family(EXPERTS[self.adapted().kind])
             return self
 
-        def inner_config(self) -> ExpertsConfig:
+        def adapted(self) -> ExpertsConfig:
             """Settings of the inner family.
 
             Raises:
                 ConfigError: They are wrong.
             """
             if "num_experts" in self.inner:
-                raise ConfigError(
-                    "inner.num_experts: every magnitude has one inner expert; set "
-                    "num_experts of dora instead"
-                )
-            if "kind" not in self.inner:
-                raise ConfigError("inner.kind: this field is required, such as lora")
+                raise ConfigError("inner.num_experts: set num_experts of dora instead")
             try:
-                family = EXPERTS[str(self.inner["kind"])]
+                family = EXPERTS[str(self.inner.get("kind"))]
             except ConfigError as error:
                 raise ConfigError(f"inner.kind: {error}") from None
             settings = {**self.inner, "num_experts": self.num_experts}
@@ -94,20 +92,22 @@ class DoRAExperts(AbstractExperts):
         in_features: int,
         out_features: int,
         generator: torch.Generator,
+        places: Mapping[str, Place] | None = None,
     ):
         super().__init__()
         self.config = config
         self.num_experts = config.num_experts
-        settings = config.inner_config()
+        settings = config.adapted()
         family: Any = EXPERTS[settings.kind]
         self.inner: AbstractExperts = family(
             settings,
             in_features=in_features,
             out_features=out_features,
             generator=generator,
+            **({"places": places} if places else {}),
         )
         self.starts_at_zero = self.inner.starts_at_zero
-        self.frozen = tuple(f"inner.{name}" for name in self.inner.frozen)
+        self.frozen = self.inner.frozen
         self.magnitude = nn.Parameter(torch.ones(self.num_experts, out_features))
 
     @torch.no_grad()
@@ -118,11 +118,7 @@ class DoRAExperts(AbstractExperts):
             WrapError: A row of the weight is zero, which has no direction, or the
                 weight holds no values yet.
         """
-        if weight.is_meta:
-            raise WrapError(
-                "experts.kind dora starts at the norms of the frozen weights, which "
-                "are on the meta device; load the weights first"
-            )
+        require_values(weight, "experts.kind dora")
         self.inner.frozen_weight = self.frozen_weight
         self.inner.frozen_bias = self.frozen_bias
         self.inner.start(weight)
@@ -227,6 +223,10 @@ class DoRAExperts(AbstractExperts):
         grown_OI: Tensor = self.magnitude[expert].unsqueeze(1) / c_O1 * v_OI
         return grown_OI - wide_OI
 
+    def adapted(self) -> AbstractExperts:
+        """See base class."""
+        return self.inner
+
     def count(self) -> int:
         """See base class."""
         return self.magnitude.numel() + self.inner.count()
@@ -250,11 +250,8 @@ class DoRAExperts(AbstractExperts):
             "lora_B.weight": Bt[expert % len(Bt)].detach().t(),
             "lora_magnitude_vector": self.magnitude[expert].detach(),
         }
-        settings = {
-            "r": rank,
-            "lora_alpha": inner.scales()[expert] * rank,
-            "use_dora": True,
-        }
+        alpha = inner.scales()[expert] * rank
+        settings = {"r": rank, "lora_alpha": alpha, "use_dora": True}
         return PeftForm("LORA", settings, tensors)
 
     @classmethod
@@ -282,10 +279,9 @@ class DoRAExperts(AbstractExperts):
         return {"kind": "dora", "num_experts": 1, "inner": inner}, state
 
 
-def _check_family(kind: str) -> None:
+def _check_family(family: type[AbstractExperts]) -> None:
     """Refuse families whose updates are no map that is added to the frozen layer."""
-    family, plain = EXPERTS[kind], AbstractExperts
-    why = None
+    plain, why = AbstractExperts, None
     if family is DoRAExperts:
         why = "has magnitudes already"
     elif not family.linear:
@@ -296,6 +292,6 @@ def _check_family(kind: str) -> None:
         why = "changes the bias of the layer"
     if why:
         raise ConfigError(
-            f"inner.kind {kind!r} {why}; dora goes around families that add a linear "
-            "map, such as lora"
+            f"inner.kind: {family.__name__} {why}; dora goes around families that add "
+            "a linear map, such as lora"
         )

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from molora.errors import WrapError
-from molora.experts.base import EXPERTS, BilinearExperts, ExpertsConfig
-from molora.kernels import Layer, lowrank_mixture
+from molora.experts.base import EXPERTS, ExpertsConfig
+from molora.experts.start import StartedExperts, require_values
 
 
 @EXPERTS.register("goat", paper="arXiv:2502.16894")
-class GOATExperts(BilinearExperts):
+class GOATExperts(StartedExperts):
     """LoRA experts initialised from segments of the base weight's spectrum.
 
     Limitations: an SVD of every target weight when a model is wrapped or loaded; as
@@ -85,12 +85,13 @@ class GOATExperts(BilinearExperts):
         self.scale = config.lora_alpha / r
         self.A = nn.Parameter(torch.zeros(E, r, in_features))
         self.Bt = nn.Parameter(torch.zeros(E, r, out_features))
-        self.A_start = nn.Parameter(torch.zeros(1, E * r, in_features))
-        self.Bt_start = nn.Parameter(torch.zeros(1, E * r, out_features))
+        share = 1 / E if config.init_cof is None else config.init_cof
+        self.add_correction((E * r, in_features, out_features), -self.scale * share)
 
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """See base class."""
+        require_values(weight, "experts.kind goat")
         E, r = self.num_experts, self.config.r
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         U_OM, S_M, Vt_MI = torch.linalg.svd(wide, full_matrices=False)
@@ -98,51 +99,13 @@ class GOATExperts(BilinearExperts):
         rows_R = torch.cat([torch.arange(e * step, e * step + r) for e in range(E)])
         rows_R = rows_R.to(weight.device)
         root_R1 = (S_M[rows_R] / (self.scale * self.config.rho)).sqrt().unsqueeze(1)
-        self.A_start.copy_((root_R1 * Vt_MI[rows_R]).unsqueeze(0))
-        self.Bt_start.copy_((root_R1 * U_OM.t()[rows_R]).unsqueeze(0))
+        self.keep_start(root_R1 * Vt_MI[rows_R], root_R1 * U_OM.t()[rows_R])
         self.A.copy_(self.A_start.view_as(self.A))
         self.Bt.copy_(self.Bt_start.view_as(self.Bt))
 
-    def forward(
-        self,
-        x: Tensor,
-        gates: Tensor | None,
-        base: Tensor | Layer | None,
-        top_k: int | None = None,
-    ) -> Tensor:
-        """See base class. C is taken off once, weighted by the sum of the gates."""
-        total_T1 = None if gates is None else gates.sum(-1, keepdim=True)
-        base = lowrank_mixture(
-            x, self.A_start, self.Bt_start, total_T1, self._correction, base
-        )
-        dropped = self.lora_dropout if self.training else 0.0
-        return lowrank_mixture(
-            x,
-            self.A,
-            self.Bt,
-            gates,
-            self.scale,
-            base,
-            top_k=top_k,
-            dropout=dropped,
-            seed=int(torch.randint(2**62, ())) if dropped else 0,
-        )
-
-    @property
-    def _correction(self) -> float:
-        share = self.config.init_cof
-        return -self.scale * (1 / self.num_experts if share is None else share)
-
-    def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
-        """See base class; every expert carries the correction with it."""
-        E = self.num_experts
-        start = self.A_start.expand(E, -1, -1), self.Bt_start.expand(E, -1, -1)
-        relative = self._correction / self.scale
-        return (
-            torch.cat([self.A, start[0]], 1),
-            torch.cat([self.Bt, relative * start[1]], 1),
-            self.scale,
-        )
+    def own(self) -> tuple[Tensor, Tensor, float | Tensor]:
+        """See base class."""
+        return self.A, self.Bt, self.scale
 
     def count(self) -> int:
         """See base class; the start is not trained."""

@@ -21,15 +21,24 @@ import pydantic
 import torch
 from torch import Tensor
 
+from molora.errors import WrapError
 from molora.experts.base import EXPERTS
-from molora.experts.factors import FactorConfig, FactorExperts, Place, uniform
+from molora.experts.factor_config import FactorConfig
+from molora.experts.start import (
+    StartedExperts,
+    check_init,
+    factors_of,
+    orthogonal,
+    reads_weight,
+    sets_both,
+)
 
 Rank = Annotated[int, pydantic.Field(ge=1)]
 Alpha = Annotated[float, pydantic.Field(gt=0)]
 
 
 @EXPERTS.register("lora", paper="arXiv:2106.09685")
-class LoRAExperts(FactorExperts):
+class LoRAExperts(StartedExperts, FactorExperts):
     """E pairs of low-rank factors with per-expert ranks and scales.
 
     Args:
@@ -53,6 +62,33 @@ class LoRAExperts(FactorExperts):
         """Numerator of the scale, or a list with that of each expert."""
         use_rslora: bool = False
         """Divide lora_alpha by sqrt(r) instead of r."""
+        init_lora_weights: bool | str = True
+        """Start of A and B: true (kaiming), gaussian, orthogonal, pissa,
+        pissa_niter_<iterations> or olora; see start.py."""
+
+        @pydantic.field_validator("init_lora_weights")
+        @classmethod
+        def _is_known(cls, value: bool | str) -> bool | str:
+            return check_init(value)
+
+        @pydantic.model_validator(mode="after")
+        def _start_fits(self) -> Self:
+            init = self.init_lora_weights
+            if not sets_both(init):
+                return self
+            told = f"init_lora_weights: {init} sets A and B of every expert together, "
+            if len(set(self.ranks())) > 1 or len(set(self.scales())) > 1:
+                raise ValueError(told + "so it needs one r and one lora_alpha")
+            wider = set(self.scopes().values()) - {"experts"}
+            if wider or (self.shared and init == "orthogonal"):
+                raise ValueError(told + "so it cannot stand beside this shared")
+            if set(self.trainability.values()) - {"frozen"}:
+                raise ValueError(told + "so none can be masked or seeded")
+            if init == "orthogonal" and self.ranks()[0] % 2:
+                raise ValueError(
+                    f"init_lora_weights: orthogonal needs an even r, not {self.r}"
+                )
+            return self
 
         @pydantic.model_validator(mode="after")
         def _lists_fit(self) -> Self:
@@ -109,11 +145,49 @@ class LoRAExperts(FactorExperts):
         if len(set(self.ranks)) > 1:
             for expert, rank in enumerate(self.ranks):
                 self.value("A").data[expert, rank:] = 0
+        self._begin(generator)
         scales = config.scales()
         self.scale: float | None = scales[0] if len(set(scales)) == 1 else None
         self.scale_E = torch.tensor(scales)
 
-    def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
+    @torch.no_grad()
+    def _begin(self, generator: torch.Generator) -> None:
+        """Initial values other than Kaiming's, as far as they need no weight."""
+        init, (_, r, wide_in) = self.config.init_lora_weights, self.value("A").shape
+        wide_out = self.value("B").shape[-1]
+        if init == "gaussian" and "A" not in self._owners:
+            values = self.whole("A").data
+            values.normal_(generator=generator)
+            for expert, rank in enumerate(self.ranks[: len(values)]):
+                values[expert] /= rank
+                values[expert, rank:] = 0
+        elif init == "orthogonal":
+            orthogonal(self.value("A"), self.value("B"), generator)
+        elif reads_weight(init):
+            if r > min(wide_in, wide_out):
+                raise WrapError(
+                    f"experts.r={r}: init_lora_weights {init} takes r of the "
+                    f"{min(wide_in, wide_out)} directions of a layer; lower r there"
+                )
+            self._seed = int(torch.randint(2**62, (), generator=generator))
+            self.add_correction((r, wide_in, wide_out), -self.config.scales()[0])
+            self.frozen = (*self.frozen, "A_start", "Bt_start")
+            # rows of every expert's factors, those of the frozen term among them
+            self.ranks = [2 * r] * self.num_experts
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """See base class; only PiSSA and OLoRA read the weight."""
+        init = self.config.init_lora_weights
+        if not reads_weight(init):
+            return
+        r, scale = self.config.ranks()[0], self.config.scales()[0]
+        a_rI, b_rO = factors_of(weight, init, r, scale, self._seed)
+        self.keep_start(a_rI, b_rO)
+        self.value("A").copy_(a_rI.expand_as(self.value("A")))
+        self.value("B").copy_(b_rO.expand_as(self.value("B")))
+
+    def own(self) -> tuple[Tensor, Tensor, float | Tensor]:
         """See base class."""
         A, Bt = self.value("A"), self.value("B")
         if self.scale is not None:
@@ -129,4 +203,4 @@ class LoRAExperts(FactorExperts):
     def _size(self, name: str) -> int:
         """See base class; padding rows do not count."""
         whole = self.whole(name)
-        return sum(self.ranks[: len(whole)]) * whole.shape[-1]
+        return sum(self.config.ranks()[: len(whole)]) * whole.shape[-1]

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from molora.experts.base import EXPERTS
-from molora.experts.factors import FactorConfig, FactorExperts, Place, Side, normal
+from molora.experts.factor_config import FactorConfig, Side
+from molora.experts.factors import FactorExperts, Place, normal
 
 
 @EXPERTS.register("lotr", paper="arXiv:2402.01376")

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from molora.errors import WrapError
 from molora.experts.base import EXPERTS, dropout_seed
-from molora.experts.factors import FactorConfig, FactorExperts, Place, uniform
+from molora.experts.factor_config import FactorConfig
+from molora.experts.factors import FactorExperts, Place, uniform
 from molora.kernels import Layer, lowrank_mixture
 
 Rank = Annotated[int, pydantic.Field(ge=1)]

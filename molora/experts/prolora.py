@@ -26,7 +26,8 @@ from torch import Tensor
 
 from molora.errors import WrapError
 from molora.experts.base import EXPERTS
-from molora.experts.factors import FactorConfig, FactorExperts, Place, Side, uniform
+from molora.experts.factor_config import FactorConfig, Side
+from molora.experts.factors import FactorExperts, Place, uniform
 
 
 @EXPERTS.register("prolora", paper="arXiv:2402.16902")

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from molora.experts.base import EXPERTS
 from molora.experts.diagonal import DiagonalExperts
-from molora.experts.factors import FactorConfig, Place, Side, normal, uniform
+from molora.experts.factor_config import FactorConfig, Side
+from molora.experts.factors import Place, normal, uniform
 
 
 @EXPERTS.register("sora", paper="arXiv:2311.11696")

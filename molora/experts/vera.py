@@ -24,7 +24,8 @@ from torch import Tensor
 
 from molora.errors import WrapError
 from molora.experts.base import EXPERTS
-from molora.experts.factors import FactorConfig, FactorExperts, Place, Side, uniform
+from molora.experts.factor_config import FactorConfig, Side, Trained
+from molora.experts.factors import FactorExperts, Place, uniform
 from molora.experts.peft_form import PeftForm
 
 _GAIN = 6**0.5
@@ -66,7 +67,7 @@ class VeRAExperts(FactorExperts):
         """Start of lambda_d."""
         shared: list[str] | dict[str, str] = {"A": "model", "B": "model"}
         """See base class; the projections belong to the whole model."""
-        trainability: dict[str, Literal["frozen", "seeded", "masked"]] = {
+        trainability: dict[str, Trained] = {
             "A": "frozen",
             "B": "frozen",
         }

@@ -56,7 +56,8 @@ def export_peft(
     and other products of two factors as a LoRA of their rank. With a rank, any linear
     family is written as a LoRA; where an update needs more rank, its largest singular
     values are kept and the error of each layer is returned. A family that changes the
-    bias gives a LoRA with ``lora_bias``, which vLLM does not read.
+    bias gives a LoRA with ``lora_bias``, which vLLM and ``import_peft`` do not read,
+    and which PEFT merges only where the layer has a bias.
 
     All layers of a LoRA get the largest rank of any; smaller ones are padded with
     zeros, which changes no output.
@@ -158,9 +159,10 @@ def bias_change(site: MoloraLinear) -> Tensor | None:
     """What the only expert of a site adds to the bias, [O]; None: nothing."""
     bias_O = site.experts.frozen_bias()
     if bias_O is None:
-        return None
+        bias_O = site.base_weight().new_zeros(site.out_features)
     wide = bias_O.to(torch.promote_types(bias_O.dtype, torch.float32))
-    return site.experts.delta_bias(0, wide)
+    delta_O = site.experts.delta_bias(0, wide)
+    return delta_O if delta_O is not None and delta_O.any() else None
 
 
 def _check_single(site: MoloraLinear) -> None:

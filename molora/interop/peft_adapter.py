@@ -54,20 +54,17 @@ def family_of(folder: str | Path) -> str:
             f"{folder}: peft_type is 'MOLORA', not one of PEFT's; load it with "
             "molora.load"
         )
-    name = str(kind).lower()
-    if kind == "LORA" and config.get("use_dora"):
-        name = "dora"
-    known = {"lora": "LORA"}
-    for family in EXPERTS.names():
-        if EXPERTS[family].peft_type is not None:
-            known[family] = str(EXPERTS[family].peft_type)
-    if known.get(name) != kind:
+    if kind == "LORA":
+        return "dora" if config.get("use_dora") else "lora"
+    families = {n: EXPERTS[n].peft_type for n in EXPERTS.names()}
+    found = [name for name, method in families.items() if method and method == kind]
+    if not found:
+        known = sorted({method for method in families.values() if method} | {"LORA"})
         raise CheckpointError(
-            f"{folder}: peft_type is {kind!r}, of which no experts can be made"
-            f"{' with use_dora' if name == 'dora' else ''}; those that can: "
-            f"{', '.join(sorted(set(known)))}"
+            f"{folder}: peft_type is {kind!r}, of which no experts can be made; those "
+            f"that can: {', '.join(known)}"
         )
-    return name
+    return str(kind).lower() if str(kind).lower() in found else found[0]
 
 
 def read_adapter(folder: str | Path, family: str, model: nn.Module) -> PeftAdapter:

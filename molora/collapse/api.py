@@ -3,21 +3,22 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from molora.collapse.apply import replace_banks, single_config, single_expert
+from molora.collapse.apply import replace_banks
 from molora.collapse.base import COLLAPSERS, CollapseConfig, Collapser
-from molora.collapse.calibration import FIT, HELD, Batch, read_calibration
-from molora.collapse.factors import LowRank, SiteFactors, minus, norm, ratio
-from molora.collapse.gather import gather, pool
-from molora.collapse.moments import Errors, Evidence, Usage, even
-from molora.collapse.passes import in_eval, plan, shared_inputs
-from molora.collapse.report import CollapseReport, CollapseResult, SiteReport
+from molora.collapse.calibration import read_calibration
+from molora.collapse.factors import SiteFactors
+from molora.collapse.linear import Linear
+from molora.collapse.passes import in_eval
+from molora.collapse.report import CollapseReport, CollapseResult
+from molora.collapse.run import Run
+from molora.collapse.select import Select
+from molora.collapse.vectors import VectorRun, on_vectors
 from molora.errors import ConfigError, WrapError
 from molora.ffn import ffns
 from molora.layer import MoloraLinear
@@ -44,6 +45,8 @@ def collapse(
     held-out tokens (each site on the inputs it has in the mixture), and then it learns
     again from all rows; that last fit is what the model gets. Padding counts nowhere.
 
+    Vectors of (IA)^3 become one vector, by ``linear`` or ``select``.
+
     Args:
         model: A wrapped model that is not merged. Its mode is kept.
         method: A name in ``molora.collapse.base.COLLAPSERS``.
@@ -64,31 +67,23 @@ def collapse(
         ConfigError: An unknown method, or an option that it does not read.
         DataError: Calibration data that cannot be used.
         WrapError: The model is not wrapped, merged, disabled, has an expert family
-            without low-rank factors, or one expert everywhere and the method does not
+            that the method cannot read, or one expert everywhere and the method does not
             reduce ranks. Whatever is raised, the model is left as it was.
     """
     found = sites(model)
     collapser = _build(method, rank, options, calibration is not None)
     _check_model(model, collapser, method)
     _check_blocks(found, method, calibration is not None)
+    bar = Progress(console=Console(stderr=True), disable=not show_progress)
     with in_eval(model):
-        factors = {path: SiteFactors.of(site) for path, site in found.items()}
-    for site in factors.values():
-        collapser.check(site)
+        run = _run(model, found, collapser, method, bar)
     before = _losses(evaluate, model)
     with in_eval(model):
-        bar = Progress(console=Console(stderr=True), disable=not show_progress)
-        run = _Run(model, collapser, factors, bar)
         if calibration is None:
             run.without_data()
         else:
             run.with_data(read_calibration(calibration, collapser.config))
-    deltas = {path: outcome.delta for path, outcome in run.outcomes.items()}
-    config = single_config(
-        model.molora_config,  # type: ignore[arg-type]
-        {path: delta.rank for path, delta in deltas.items()},
-    )
-    banks = {p: single_expert(found[p], delta, config) for p, delta in deltas.items()}
+    config, banks = run.result()
     with contextlib.ExitStack() as stack:
         stack.callback(replace_banks(model, banks, config))
         after = _losses(evaluate, model)
@@ -159,108 +154,25 @@ def _losses(evaluate: Evaluate | None, model: nn.Module) -> dict[str, float]:
     return losses
 
 
-@dataclass
-class _Outcome:
-    """The static update of one site and what is known about it."""
-
-    delta: LowRank
-    usage: Usage
-    errors: Errors | None
-    details: dict[str, Any]
-
-
-@dataclass
-class _Run:
-    """One collapse: solves all sites, with or without data."""
-
-    model: nn.Module
-    collapser: Collapser
-    factors: dict[str, SiteFactors]
-    progress: Progress
-    outcomes: dict[str, _Outcome] = field(default_factory=dict)
-    passes: int = 0
-    tokens: tuple[int, int] | None = None
-    prepared: dict[str, Any] = field(default_factory=dict)
-
-    def without_data(self) -> None:
-        """Solve every site with even gates."""
-        for path, site in self.factors.items():
-            data = even(site)
-            delta, details = self.collapser.solve(site, data, {})
-            self.outcomes[path] = _Outcome(delta, data.usage, None, details)
-
-    def with_data(self, batches: list[Batch]) -> None:
-        """Solve the sites group by group, one pass over the batches each."""
-        leaders = shared_inputs(self.model, batches[0])
-        parts = 1 + self.collapser.needs_moments
-        budget = self.collapser.config.memory_budget_mb
-        groups = plan(self.factors, leaders, parts, budget)
-        self.passes = len(groups)
-        with self.progress as bar:
-            self.prepared = self.collapser.prepare(
-                self.model, self.factors, batches, bar
-            )
-            read = bar.add_task("calibration batches", total=len(groups) * len(batches))
-            solved = bar.add_task("sites", total=len(self.factors))
-            for group in groups:
-                self._solve(group, batches, leaders, lambda: bar.advance(read))
-                bar.advance(solved, len(group))
-        # in model order again, whatever the groups were
-        self.outcomes = {path: self.outcomes[path] for path in self.factors}
-
-    def _solve(
-        self,
-        group: list[str],
-        batches: list[Batch],
-        leaders: dict[str, str],
-        step: Callable[[], None],
-    ) -> None:
-        """Judge every site of a group, then solve it with all rows.
-
-        The sums live in here alone, so that those of two groups never stand together.
-        """
-        members = {path: self.factors[path] for path in group}
-        with_moments = [self.collapser.needs_moments, True]
-        sums = gather(self.model, batches, members, leaders, with_moments, step)
-        judged = {path: self._judge(site, sums[path]) for path, site in members.items()}
-        for path, data in pool(sums, leaders).items():
-            tuned, errors = judged[path]
-            delta, details = self.collapser.solve(members[path], data, tuned)
-            self.outcomes[path] = _Outcome(
-                delta, data.usage, errors, {**tuned, **details}
-            )
-
-    def _judge(
-        self, site: SiteFactors, parts: list[Evidence]
-    ) -> tuple[dict[str, float], Errors]:
-        """Choose what is tuned, fit on the FIT rows, measure on the HELD rows."""
-        fit, held = parts[FIT], parts[HELD]
-        assert held.moments is not None
-        self.tokens = (fit.usage.total(), held.usage.total())
-        tuned = self.collapser.tune(site, fit, held)
-        trial, _ = self.collapser.solve(site, fit, tuned)
-        return tuned, held.moments.errors(site, trial)
-
-    def site_report(self, path: str) -> SiteReport:
-        """Report of one site."""
-        site, outcome = self.factors[path], self.outcomes[path]
-        gates_E = outcome.usage.mean()
-        mean = site.combine(gates_E)
-        errors = outcome.errors or Errors(None, None)
-        return SiteReport(
-            experts=site.num_experts,
-            total_rank=site.total_rank,
-            rank=outcome.delta.rank,
-            gates=gates_E.tolist(),
-            weight_error=ratio(norm(minus(outcome.delta, mean)), norm(mean)),
-            error=errors.update,
-            output_error=errors.output,
-            details=outcome.details,
-        )
+def _run(
+    model: nn.Module,
+    found: dict[str, MoloraLinear],
+    collapser: Collapser,
+    method: str,
+    bar: Progress,
+) -> Run | VectorRun:
+    """Read the experts of every site; settings that do not fit one are refused."""
+    if on_vectors(found, collapser, method):
+        assert isinstance(collapser, Linear | Select)
+        return VectorRun(model, collapser, found, bar)
+    factors = {path: SiteFactors.of(site) for path, site in found.items()}
+    for site in factors.values():
+        collapser.check(site)
+    return Run(model, collapser, factors, bar)
 
 
 def _report(
-    method: str, run: _Run, before: dict[str, float], after: dict[str, float]
+    method: str, run: Run | VectorRun, before: dict[str, float], after: dict[str, float]
 ) -> CollapseReport:
     if before.keys() != after.keys():
         raise ConfigError(
@@ -285,28 +197,6 @@ def _report(
         worst_site=worst,
         losses={t: {"before": before[t], "after": after[t]} for t in before},
         prepared=run.prepared,
-        exact=_exact(run),
-        notes=_notes(run),
+        exact=run.exact(),
+        notes=run.notes(),
     )
-
-
-def _exact(run: _Run) -> bool:
-    """Whether the result is proven equal: nothing routed, nothing truncated."""
-    return all(
-        site.num_experts == 1 and run.outcomes[path].delta.rank >= _full_rank(site)
-        for path, site in run.factors.items()
-    )
-
-
-def _full_rank(site: SiteFactors) -> int:
-    return min(site.total_rank, site.A_RI.shape[1], site.Bt_QO.shape[1])
-
-
-def _notes(run: _Run) -> list[str]:
-    if run.tokens:
-        notes = run.collapser.notes()
-    else:
-        notes = ["No calibration data: mean gates are even, no error is measured."]
-    if any(site.num_experts > 1 for site in run.factors.values()):
-        notes.append("A mixture that routes by token has no static equal.")
-    return notes

@@ -6,11 +6,11 @@ model itself is seen by ``prepare`` alone, for what is one for all sites.
 """
 
 import abc
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pydantic
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from molora.collapse.factors import LowRank, SiteFactors
 from molora.collapse.moments import Evidence
@@ -30,6 +30,22 @@ class CollapseConfig(Schema):
     """Use only calibration rows of these tasks; None uses all rows."""
     memory_budget_mb: int = pydantic.Field(default=1024, ge=1)
     """MiB for the sums over tokens; sites are taken in groups that fit into it."""
+
+
+class Experts(Protocol):
+    """What every form of a site's experts has."""
+
+    @property
+    def path(self) -> str:
+        """Module path of the site."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+
+    @property
+    def even_E(self) -> Tensor:
+        """Mean gates of a router that prefers nobody, float64."""
 
 
 class Collapser(abc.ABC):

@@ -100,7 +100,7 @@ class SiteFactors:
             ),
             fold_R=fold_R,
             scale_E=torch.tensor(experts.scales(), dtype=torch.float64, device=device),
-            even_E=_even_gates(site, A),
+            even_E=even_gates(site, A),
             shared_A=A.shape[0] < count,
         )
 
@@ -153,7 +153,8 @@ class SiteFactors:
         return folded
 
 
-def _even_gates(site: MoloraLinear, A: Tensor) -> Tensor:
+def even_gates(site: MoloraLinear, A: Tensor) -> Tensor:
+    """Mean gates of a router that prefers nobody; A gives dtype and device."""
     count = site.experts.num_experts
     router = site.decider
     if router is None:

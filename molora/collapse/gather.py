@@ -3,7 +3,7 @@
 Shape legend: see factors.py. B rows of a batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,13 @@ class _Seen:
         return same and leader in (self.leader, path)
 
 
-class _Gather:
+class Gather:
     """Forward hook that adds one site's tokens to its sums."""
 
     def __init__(
         self,
         model: Any,
-        factors: dict[str, SiteFactors],
+        factors: Mapping[str, Any],
         leaders: dict[str, str],
         with_moments: list[bool],
     ):
@@ -144,7 +144,7 @@ class _Gather:
 def gather(
     model: nn.Module,
     batches: list[Batch],
-    factors: dict[str, SiteFactors],
+    factors: Mapping[str, Any],
     leaders: dict[str, str],
     with_moments: list[bool],
     step: Callable[[], None],
@@ -154,7 +154,7 @@ def gather(
     Args:
         model: The uncollapsed model, in eval mode.
         batches: Calibration rows.
-        factors: Experts of the sites of this group.
+        factors: Experts of the sites of this group, ``SiteFactors`` for moments.
         leaders: What ``shared_inputs`` found.
         with_moments: Whether second moments of the FIT and the HELD rows are kept.
         step: Called after each batch.
@@ -163,7 +163,7 @@ def gather(
         DataError: A site saw no real token of a part, or a number that is not finite.
     """
     found = sites(model)
-    hook = _Gather(model, factors, leaders, with_moments)
+    hook = Gather(model, factors, leaders, with_moments)
     with hooked(model, {path: found[path] for path in factors}, hook):
         for batch in batches:
             hook.batch = batch

@@ -15,7 +15,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from molora.collapse.base import COLLAPSERS, CollapseConfig, Collapser
+from molora.collapse.base import COLLAPSERS, CollapseConfig, Collapser, Experts
 from molora.collapse.factors import LowRank, SiteFactors, truncate
 from molora.collapse.moments import Evidence
 from molora.errors import ConfigError
@@ -35,7 +35,8 @@ class Linear(Collapser):
         """Rank of the result, at most; a site that holds less keeps what it holds."""
         weights: list[float] | dict[str | int, float] | None = None
         """One per expert; or one per task, which multiplies the mean gates on that
-        task's calibration rows; None weighs all experts the same."""
+        task's calibration rows; None weighs all experts the same, and vectors of
+        (IA)^3 by their mean gates where these are measured."""
 
     config: Config
 
@@ -45,7 +46,7 @@ class Linear(Collapser):
             return "weights per task multiply that task's measured mean gates"
         return None
 
-    def check(self, factors: SiteFactors) -> None:
+    def check(self, factors: Experts) -> None:
         """See base class."""
         weights = self.config.weights
         if isinstance(weights, list) and len(weights) != factors.num_experts:
@@ -58,17 +59,18 @@ class Linear(Collapser):
         self, factors: SiteFactors, data: Evidence, tuned: dict[str, float]
     ) -> tuple[LowRank, dict[str, Any]]:
         """See base class."""
-        weights_E = self._weights(factors, data)
+        weights_E = self.weights(factors, data)
         delta = truncate(factors.combine(weights_E), self.config.rank)
         return delta, {"weights": weights_E.tolist()}
 
-    def _weights(self, factors: SiteFactors, data: Evidence) -> Tensor:
+    def weights(self, factors: Experts, data: Evidence) -> Tensor:
+        """Weight of each expert of a site, [E] float64."""
         weights = self.config.weights
         if weights is None:
             return factors.even_E
         if isinstance(weights, list):
-            return torch.tensor(weights).to(factors.scale_E)
-        total = torch.zeros_like(factors.scale_E)
+            return torch.tensor(weights).to(factors.even_E)
+        total = torch.zeros_like(factors.even_E)
         for task, weight in weights.items():
             if task not in data.usage.tokens:
                 known = sorted(str(name) for name in data.usage.tokens)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pydantic
 
-from molora.collapse.base import COLLAPSERS, CollapseConfig, Collapser
+from molora.collapse.base import COLLAPSERS, CollapseConfig, Collapser, Experts
 from molora.collapse.factors import LowRank, SiteFactors, truncate
-from molora.collapse.moments import Evidence
+from molora.collapse.moments import Evidence, Usage
 from molora.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ class Select(Collapser):
             return "the most used expert is measured (or give expert=<index>)"
         return None
 
-    def check(self, factors: SiteFactors) -> None:
+    def check(self, factors: Experts) -> None:
         """See base class."""
         expert = self.config.expert
         if expert is not None and 1 < factors.num_experts <= expert:
@@ -54,12 +54,16 @@ class Select(Collapser):
         self, factors: SiteFactors, data: Evidence, tuned: dict[str, float]
     ) -> tuple[LowRank, dict[str, Any]]:
         """See base class."""
-        expert = self.config.expert
-        if factors.num_experts == 1:
-            expert = 0
-        elif expert is None:
-            expert = int(data.usage.mean().argmax())
+        expert = self.chosen(factors.num_experts, data.usage)
         delta = factors.expert(expert)
         if self.config.rank is not None and self.config.rank < delta.rank:
             delta = truncate(delta, self.config.rank)
         return delta, {"expert": expert}
+
+    def chosen(self, num_experts: int, usage: Usage) -> int:
+        """Number of the expert that stays."""
+        if num_experts == 1:
+            return 0
+        if self.config.expert is None:
+            return int(usage.mean().argmax())
+        return self.config.expert

@@ -155,7 +155,7 @@ def test_merging_asks_onto_which_weights_and_tells_the_cost(
             apart = float((rounded - exact.detach()).norm())
             for name, cost in costs[path]._asdict().items():
                 reference = {"dequantised": rounded, "original": exact}[name]
-                near = (reference + deltas[path]).norm()
+                near = (reference.detach() + deltas[path]).norm()
                 expected = 0.0 if name == base else apart / float(near)
                 assert cost == pytest.approx(expected, abs=1e-6, rel=1e-4)
         slack = {"dequantised": 0.02 if kind == "int8" else 1e-5, "original": 0.3}[base]

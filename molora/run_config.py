@@ -1,6 +1,8 @@
 """RunConfig: one YAML with model, adapter, data, training and collapse of a run."""
 
+import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,6 +21,8 @@ from molora.schema import Schema, nearest
 from molora.training.arguments import build_arguments
 from molora.training.data import DataConfig
 from molora.training.sources import is_local_file
+
+_OF_BITSANDBYTES = re.compile("paged_|lion_|ademamix|adamw_8bit|.*_bnb")
 
 
 class ModelSettings(Schema):
@@ -136,6 +140,12 @@ class RunConfig(Schema):
         if "output_dir" not in raw:
             raise ConfigError("training.output_dir: this field is required")
         build_arguments(raw, "training")
+        optim = str(raw.get("optim", ""))
+        if _OF_BITSANDBYTES.match(optim) and find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"training.optim: {optim!r} needs bitsandbytes. Run: "
+                "pip install 'molora[quantized]', or take adamw_torch"
+            )
         return raw
 
     @pydantic.model_validator(mode="after")

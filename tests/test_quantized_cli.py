@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -118,7 +117,7 @@ def test_every_command_reads_the_quantised_base(
         first = int(model(input_ids=torch.tensor([[4, 7]])).logits[0, -1].argmax())
     assert WORDS[first] in capsys.readouterr().out or first < 4
     assert molora_cli("routes", run) == 0
-    assert "up_proj" in capsys.readouterr().out
+    assert "Use of the experts" in capsys.readouterr().out
 
 
 def test_merge_asks_which_base_is_meant(
@@ -142,7 +141,7 @@ def test_merge_asks_which_base_is_meant(
         assert molora_cli("merge", run, "--base", base, "--output", output) == 0
         told = " ".join(capsys.readouterr().err.split())
         for name in ("dequantised", "original"):
-            mean = "0.00%" if name == base else r"(8|9)\.\d\d%"
+            mean = "0.00%" if name == base else r"[4-9]\.\d\d%"
             assert re.search(f"From the {name} weights .* are {mean} away", told)
         assert "quantization_config" not in (output / "config.json").read_text()
         with torch.no_grad():

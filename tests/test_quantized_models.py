@@ -21,6 +21,7 @@ import molora
 from molora import quantized
 from molora.base_models import load_base
 from molora.errors import CheckpointError, ConfigError, WrapError
+from molora.fingerprint import differences, fingerprint
 from molora.model import adapter_parameters, is_wrapped, sites
 from molora.quantized import bits_of, dequantised
 from molora.run_config import ModelSettings, load_run_config
@@ -98,6 +99,13 @@ def test_wrong_quantisation_is_told(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes.*'molora\[quantized\]'"):
         load_base(folder, quantization="int8")
+    monkeypatch.setattr("molora.run_config.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"training\.optim: 'paged_adamw_32bit' needs"
+    ):
+        load_run_config(QLORA)
+    config = load_run_config(QLORA, ["training.optim=adamw_torch"])
+    assert config.training["optim"] == "adamw_torch"
 
 
 def test_an_adapter_goes_with_its_base_in_every_quantisation(
@@ -113,6 +121,11 @@ def test_an_adapter_goes_with_its_base_in_every_quantisation(
             assert all(torch.equal(mine[name], theirs[name]) for name in mine)
             if loaded == saved:
                 assert torch.equal(logits(base), logits(model))
+    # files of before say nothing about the embedding
+    told = fingerprint(model, {"x": torch.empty(2, 2, device="meta")})
+    older = told.model_copy(update={"embedding": None})
+    assert differences(told, told) == []
+    assert "did not note the input embedding" in differences(older, told)[0]
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     other = quantise(tiny_llama(seed=4, **shape), "nf4")
     for saved in ("nf4", "none"):
@@ -155,7 +168,7 @@ def test_merging_asks_onto_which_weights_and_tells_the_cost(
             apart = float((rounded - exact.detach()).norm())
             for name, cost in costs[path]._asdict().items():
                 reference = {"dequantised": rounded, "original": exact}[name]
-                near = (reference + deltas[path]).norm()
+                near = (reference.detach() + deltas[path]).norm()
                 expected = 0.0 if name == base else apart / float(near)
                 assert cost == pytest.approx(expected, abs=1e-6, rel=1e-4)
         slack = {"dequantised": 0.02 if kind == "int8" else 1e-5, "original": 0.3}[base]

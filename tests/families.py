@@ -46,11 +46,11 @@ def site_of(
     return sites(model)["lin"]
 
 
-def layer_of(O: int, I: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def layer_of(outs: int, ins: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Weight and bias of a random layer in float64."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(O, I, generator=generator, dtype=torch.float64)
-    return weight, torch.randn(O, generator=generator, dtype=torch.float64)
+    weight = torch.randn(outs, ins, generator=generator, dtype=torch.float64)
+    return weight, torch.randn(outs, generator=generator, dtype=torch.float64)
 
 
 def disturb(site: Any, size: float = 0.3) -> None:
@@ -72,6 +72,7 @@ def off(got: Tensor | None, want: Tensor) -> float:
     """Largest difference, relative to the largest entry where that is over 1."""
     assert got is not None
     assert got.shape == want.shape, (got.shape, want.shape)
+    got, want = got.detach(), want.detach()
     worst = (got.double() - want.double()).abs().max() if want.numel() else 0.0
     size = want.abs().max() if want.numel() else 0.0
     return float(worst) / max(1.0, float(size))

@@ -11,3 +11,4 @@ from molora.experts.lora import LoRAExperts as LoRAExperts
 from molora.experts.mora import MoRAExperts as MoRAExperts
 from molora.experts.sparse import SparseExperts as SparseExperts
 from molora.experts.sum import SumExperts as SumExperts
+from molora.experts.superlora import SuperLoRAExperts as SuperLoRAExperts

@@ -67,8 +67,8 @@ def collapse(
         ConfigError: An unknown method, or an option that it does not read.
         DataError: Calibration data that cannot be used.
         WrapError: The model is not wrapped, merged, disabled, has an expert family
-            that the method cannot read, or one expert everywhere and the method does not
-            reduce ranks. Whatever is raised, the model is left as it was.
+            that the method cannot read, or one expert everywhere and the method does
+            not reduce ranks. Whatever is raised, the model is left as it was.
     """
     found = sites(model)
     collapser = _build(method, rank, options, calibration is not None)

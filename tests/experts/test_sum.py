@@ -135,7 +135,10 @@ def test_it_is_saved_loaded_merged_and_overridden(tmp_path: Path) -> None:
             r"\.parts\[0\]\.kind: ia3 changes what.*lora",
         ),
         ([*ROSA, {"r": 1}], r"experts\.parts\[2\]\.kind: this field is required"),
-        ([*ROSA, {"kind": "lor"}], r"experts\.parts\[2\]\.kind: .*Did you mean 'lor"),
+        (
+            [*ROSA, {"kind": "loraa"}],
+            r"experts\.parts\[2\]\.kind: .*Did you mean 'lora'",
+        ),
         ([*ROSA, {"kind": "lora", "rank": 1}], r"parts\[2\]\.rank: unknown field"),
         ([*ROSA, {"kind": "lora", "num_experts": 2}], r"\[2\]\.num_experts: all parts"),
         ([ROSA[0], {"kind": "sparse"}], r"parts\[1\].*density: set it or r"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.errors import WrapError
-from molora.experts import AbstractExperts, BilinearExperts
+from molora.experts import AbstractExperts
 from molora.quantized import bits_of, dequantised, known_weight, plain_linear, relative
 
 
@@ -77,21 +77,19 @@ class MergeableLinear(nn.Module):
             weight: [O, I] that it is added to; None means that of the frozen layer.
 
         Raises:
-            WrapError: The bank has several experts, so no single update exists.
+            WrapError: The bank has several experts, or experts that pass a
+                nonlinearity, so no single update exists.
         """
-        if self.experts.num_experts > 1:
-            advice = "run molora.collapse first"
-            if not isinstance(self.experts, BilinearExperts):
-                advice = "save the mixture itself, or train one expert, which merges"
-            raise WrapError(
-                f"site {self.path!r} routes among {self.experts.num_experts} experts "
-                f"per token, which no single weight equals; {advice}"
-            )
         if not self.experts.linear:
             raise WrapError(
                 f"site {self.path!r}: experts of kind "
                 f"{type(self.experts).__name__} are no change of a weight, so nothing "
                 "can be merged; keep the adapter beside the model"
+            )
+        if self.experts.num_experts > 1:
+            raise WrapError(
+                f"site {self.path!r} routes among {self.experts.num_experts} experts "
+                "per token, which no single weight equals; run molora.collapse first"
             )
         weight = self._weight_OI() if weight is None else weight
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 import molora
 from molora.errors import ConfigError, WrapError
-from molora.experts import EXPERTS, BilinearExperts
+from molora.experts import EXPERTS
 from molora.model import adapter_parameters, sites
 from molora.routers import ROUTERS
 from tests.registered import ROUTED, TASKS, family_settings, router_settings
@@ -142,12 +142,13 @@ def test_merge_is_the_forward_and_unmerge_is_exact(kind: str) -> None:
 def test_collapse_is_the_even_mean_or_refused(kind: str) -> None:
     for model in layers(kind, 3, "soft"):
         experts = site_of(disturbed(model)).experts
-        if not isinstance(experts, BilinearExperts):
-            with pytest.raises(WrapError, match=r"low-rank|linear"):
+        weight = experts.frozen_weight()
+        shifts = experts.delta_bias(0, torch.ones(len(weight), dtype=weight.dtype))
+        if kind == "ia3" or not experts.linear or shifts is not None:
+            with pytest.raises(WrapError, match=r"low-rank|nonlinear"):
                 molora.collapse(model, "concat", show_progress=False)
             assert site_of(model).experts is experts
             continue
-        weight = experts.frozen_weight()
         mean = sum(experts.delta_weight(e, weight) for e in range(3)) / 3
         molora.collapse(model, "concat", show_progress=False)
         assert near(site_of(model).delta_weight(), mean, 1e-5)

@@ -1,4 +1,9 @@
-"""The low-rank algebra of collapse: nothing here is ever [O, I].
+"""The low-rank algebra of collapse.
+
+Of low-rank families nothing is ever [O, I]. The update of another linear family is
+taken apart by an SVD, one expert at a time, and keeps the singular values above the
+noise of float32: a family of full rank has factors as large as the weight for every
+expert.
 
 A static update of rank r is kept as its two factors. Its singular values come from the
 QR of both factors and the SVD of the small core between them:
@@ -22,6 +27,9 @@ from molora.errors import WrapError
 from molora.experts import BilinearExperts, LoRAExperts
 from molora.layer import MoloraLinear
 from molora.prompt import Prompt
+
+_NOISE = 1e-6
+"""Singular values of a dense update below this part of the largest are noise."""
 
 
 class LowRank(NamedTuple):
@@ -69,15 +77,11 @@ class SiteFactors:
         """Read the factors of a site.
 
         Raises:
-            WrapError: The expert family is not of the form scale * B A.
+            WrapError: The update of an expert is no linear map, or shifts the bias.
         """
         experts = site.experts
         if not isinstance(experts, BilinearExperts):
-            raise WrapError(
-                f"site {site.path!r}: {type(experts).__name__} has no low-rank "
-                "factors, so it cannot be collapsed. Deploy the mixture itself "
-                "(save_pretrained, molora.load); with one expert, molora.merge is exact"
-            )
+            return cls._of_dense(site)
         factors = experts.factors()
         A, Bt = factors[0].detach(), factors[1].detach()
         count, device = experts.num_experts, A.device
@@ -102,6 +106,33 @@ class SiteFactors:
             scale_E=torch.tensor(experts.scales(), dtype=torch.float64, device=device),
             even_E=even_gates(site, A),
             shared_A=A.shape[0] < count,
+        )
+
+    @classmethod
+    def _of_dense(cls, site: MoloraLinear) -> "SiteFactors":
+        """Factors of experts that have none, from their dense updates."""
+        experts, weight_OI = site.experts, site.experts.frozen_weight()
+        _check_linear(site)
+        wide_OI = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
+        A, Bt = [], []
+        for expert in range(experts.num_experts):
+            delta_OI = experts.delta_weight(expert, wide_OI).double()
+            u, s, vt = torch.linalg.svd(delta_OI, full_matrices=False)
+            kept = max(1, int((s > _NOISE * s[0]).sum()))
+            A.append(vt[:kept])
+            Bt.append(s[:kept].unsqueeze(1) * u[:, :kept].t())
+        count, device = experts.num_experts, weight_OI.device
+        ranks = torch.tensor([len(rows) for rows in A], device=device)
+        A_RI = torch.cat(A)
+        return cls(
+            path=site.path,
+            A_RI=A_RI,
+            Bt_QO=torch.cat(Bt),
+            expert_R=torch.arange(count, device=device).repeat_interleave(ranks),
+            fold_R=torch.arange(len(A_RI), device=device),
+            scale_E=torch.ones(count, dtype=torch.float64, device=device),
+            even_E=even_gates(site, wide_OI),
+            shared_A=False,
         )
 
     @property
@@ -151,6 +182,24 @@ class SiteFactors:
         shape[dim] = rows
         folded: Tensor = values.new_zeros(shape).index_add_(dim, self.fold_R, values)
         return folded
+
+
+def _check_linear(site: MoloraLinear) -> None:
+    """Refuse experts that no low-rank adapter can stand for."""
+    experts, name = site.experts, type(site.experts).__name__
+    kept = "Deploy the mixture itself (save_pretrained, molora.load)"
+    if not experts.linear:
+        raise WrapError(
+            f"site {site.path!r}: {name} pass a nonlinearity, so no single update "
+            f"equals a mixture of them. {kept}"
+        )
+    bias_O = experts.frozen_weight().new_ones(site.out_features)
+    if experts.delta_bias(0, bias_O) is not None:
+        raise WrapError(
+            f"site {site.path!r}: {name} change the bias of the layer as well, which a "
+            f"low-rank adapter cannot hold. {kept}; with one expert molora.merge is "
+            "exact"
+        )
 
 
 def even_gates(site: MoloraLinear, A: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ class MergeableLinear(nn.Module):
 
     def _merge_bias(self, out_features: int) -> None:
         """Fold what the experts add to the bias; a layer without one may get one."""
-        old_O = self.base.bias
+        old_O: Tensor | None = self.bias
         merged_O = self._merged_bias(out_features, self.weight.dtype)
         if merged_O is None or merged_O is old_O:
             return
@@ -161,16 +161,15 @@ class MergeableLinear(nn.Module):
             self.base.bias = nn.Parameter(merged_O, requires_grad=False)
             self.gave_bias = True
         else:
-            assert isinstance(old_O, Tensor)
             self.backup_bias = old_O.detach().clone()
             old_O.copy_(merged_O)
 
     def _merged_bias(self, out_features: int, dtype: torch.dtype) -> Tensor | None:
         """Bias with what the experts add; the frozen one where they add nothing."""
-        old_O = self.base.bias
-        zero_O = self.weight.new_zeros(out_features, dtype=dtype)
-        bias_O = zero_O if old_O is None else old_O
-        assert isinstance(bias_O, Tensor)
+        old_O: Tensor | None = self.bias
+        bias_O = old_O
+        if bias_O is None:
+            bias_O = self.weight.new_zeros(out_features, dtype=dtype)
         delta_O = self.experts.delta_bias(0, bias_O)
         if delta_O is None or not delta_O.any():
             return old_O

@@ -214,6 +214,9 @@ def test_a_merged_and_unwrapped_model_is_ordinary(
     # the other layers are dequantised as well
     model = wrapped(base, target_modules=["q_proj", "up_proj"])
     before = logits(model)
+    molora.unmerge(molora.merge(model, base="dequantised"))
+    assert sum(bits_of(module) == 4 for module in model.modules()) == 7
+    assert torch.equal(logits(model), before)
     plain = molora.unwrap(molora.merge(model, base="dequantised"))
     assert all(bits_of(module) is None for module in plain.modules())
     assert {p.dtype for p in plain.parameters()} == {getattr(torch, dtype)}

@@ -1,9 +1,7 @@
 """Making the banks of a model: one for every target layer, and what they share."""
 
-import hashlib
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from molora.base_pass import BasePass, hidden_width
@@ -15,6 +13,7 @@ from molora.layer import MoloraLinear
 from molora.layout import depths
 from molora.route import leaders
 from molora.routers import OBJECTIVES, ROUTERS
+from molora.sharing import Sharing, generator_of
 
 
 def make_banks(
@@ -35,8 +34,9 @@ def make_banks(
         Banks by path, and the runtime that they share.
 
     Raises:
-        WrapError: Layers that cannot share a routing or form an FFN of whole experts,
-            a router that needs what the model has not, or nothing to balance.
+        WrapError: Layers that cannot share a routing or a tensor, or form an FFN of
+            whole experts, a router that needs what the model has not, or nothing to
+            balance.
     """
     settings = {path: config.site(path) for path in targets}
     leader_of = leaders(settings)
@@ -49,6 +49,7 @@ def make_banks(
     share = 1 / max(len(set(leader_of.values())), 1)
     objectives = [(OBJECTIVES[o.kind](o), o.weight * share) for o in config.balance]
     depth = depths([name for name, _ in model.named_modules()])
+    sharing = Sharing(targets, settings, seed)
     banks: dict[str, MoloraLinear] = {}
     for path, base in targets.items():
         # leaders come first in model order
@@ -61,7 +62,9 @@ def make_banks(
             objectives=objectives,
             generator=generator_of(seed, path),
             leader=leader,
+            places=sharing.places(path),
         )
+        sharing.made(path, bank.experts)
         if leader is not None:
             leader.followers.append(bank)
         if bank.router is not None:
@@ -94,9 +97,3 @@ def _runtime(model: nn.Module, routed: Mapping[str, SiteConfig]) -> Runtime:
     if reading:
         runtime.base_pass = BasePass(hidden_width(model), reading)
     return runtime
-
-
-def generator_of(seed: int, path: str) -> torch.Generator:
-    """Generator seeded by the seed and the module path."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from molora.banks import generator_of
 from molora.config import AdapterConfig
 from molora.errors import ConfigError, WrapError
+from molora.experts import FactorExperts
 from molora.freezing import set_trainable, split_newest, whole_parameters
 from molora.layer import MoloraLinear
 from molora.model import sites
 from molora.routers import OBJECTIVES
+from molora.sharing import generator_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -77,11 +78,12 @@ def _check(site: MoloraLinear) -> None:
             f"site {site.path!r} has one expert and no router to extend; wrap the base "
             "with two experts, or bring several in with molora.import_peft"
         )
-    if site.experts.frozen:
+    if type(site.experts).frozen:
         raise WrapError(
             f"site {site.path!r}: the start of {type(site.experts).__name__} depends "
             "on the number of experts, so none can be added; use lora experts"
         )
+    _check_factors(site)
     if router.bias_E is not None:
         raise WrapError(
             f"site {site.path!r}: the selection bias moves with the load of all "
@@ -99,6 +101,16 @@ def _check(site: MoloraLinear) -> None:
             f"site {site.path!r}: the gates of {type(router).__name__} depend on every "
             "expert, so a new one would change what the old ones do for every token; "
             "growing needs router.kind topk with renormalize: true"
+        )
+
+
+def _check_factors(site: MoloraLinear) -> None:
+    experts = site.experts
+    if isinstance(experts, FactorExperts) and (experts.places or experts.masked()):
+        raise WrapError(
+            f"site {site.path!r}: its tensors are shared among layers, seeded or "
+            "masked, which fixes the number of experts; growing needs experts.shared "
+            "within a layer and no trainability but frozen"
         )
 
 

@@ -7,7 +7,7 @@ Shape legend
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from molora import shared_shrink
 from molora.config import SiteConfig
 from molora.context import ForwardContext, Runtime, in_backward
 from molora.errors import RoutingError
-from molora.experts import EXPERTS, AbstractExperts
+from molora.experts import EXPERTS, AbstractExperts, FactorExperts, Place
 from molora.ffn import enter, leave, slots_of
 from molora.kernels import Layer
 from molora.mergeable import MergeableLinear
@@ -29,22 +29,24 @@ from molora.routers.base import AbstractRouter
 from molora.routers.capacity import limited
 
 SUPPORTED = (nn.Linear, Conv1D)
-"""Layer types that can host a bank."""
+"""Layer types that can host a bank; the quantised ones of bitsandbytes are nn.Linear
+too."""
 
 
 def sizes(base: nn.Module) -> tuple[int, int]:
     """In and out features of a supported layer."""
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
     weight = base.weight
     assert isinstance(weight, Tensor)
-    a, b = weight.shape
-    return (a, b) if isinstance(base, Conv1D) else (b, a)
+    return weight.shape[0], weight.shape[1]
 
 
 class MoloraLinear(MergeableLinear):
     """One target layer with its bank.
 
     Args:
-        base: The frozen layer, an nn.Linear or a Conv1D.
+        base: The frozen layer, an nn.Linear, a Conv1D, or a quantised layer.
         site: Settings of the experts and the router.
         path: Module path of the layer in the model, for messages and records.
         runtime: State shared by all sites of the model.
@@ -52,6 +54,7 @@ class MoloraLinear(MergeableLinear):
             of routers.
         generator: CPU generator that draws the initial values.
         leader: Layer whose routing this one follows; None where it routes for itself.
+        places: Of the experts' tensors that are not this layer's own.
 
     Attributes:
         followers: Layers that follow this one's routing.
@@ -72,6 +75,7 @@ class MoloraLinear(MergeableLinear):
         objectives: Sequence[tuple[Objective, float]],
         generator: torch.Generator,
         leader: "MoloraLinear | None" = None,
+        places: Mapping[str, Place] | None = None,
     ):
         super().__init__(base)
         self.in_features, self.out_features = sizes(base)
@@ -84,6 +88,7 @@ class MoloraLinear(MergeableLinear):
             in_features=self.in_features,
             out_features=self.out_features,
             generator=generator,
+            **({"places": places} if issubclass(experts, FactorExperts) else {}),
         )
         self.experts.frozen_weight = self._weight_OI
         self.experts.frozen_bias = self._bias_O
@@ -145,7 +150,7 @@ class MoloraLinear(MergeableLinear):
                 or a balance objective that no gradient reaches.
         """
         runtime = self.runtime
-        if runtime.disabled or self.backup is not None:
+        if runtime.disabled or self.merged:
             plain: Tensor = self.base(x)
             return plain
         x_TI = x.reshape(-1, self.in_features)

@@ -1,4 +1,4 @@
-"""Settings with which every registered router and objective can be built.
+"""Settings with which every registered family, router and objective can be built.
 
 Fields that have no default come from the first file in configs/ that names the kind, so
 that a new one is covered by its YAML.
@@ -63,6 +63,15 @@ def _settings(
 def router_settings(kind: str, **given: Any) -> dict[str, Any]:
     """The router block of a config."""
     return _settings(ROUTERS, kind, given)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {"oft": {"oft_block_size": 4}}
+"""Settings that a family needs on small layers."""
+
+
+def family_settings(kind: str, num_experts: int = 1) -> dict[str, Any]:
+    """The experts block of a config."""
+    return {"kind": kind, "num_experts": num_experts, **FAMILIES.get(kind, {})}
 
 
 def objective_settings(kind: str, weight: float = 1.0) -> dict[str, Any]:

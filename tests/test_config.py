@@ -84,7 +84,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"experts": {**E4, "lora_alpha": "big"}}, ["experts.lora_alpha:", "'big'"]),
     ({"experts": {**E4, "use_rslora": "perhaps"}}, ["experts.use_rslora:"]),
     ({"experts": {**E4, "shared": "A"}}, ["experts.shared:", "list"]),
-    ({"experts": {**E4, "shared": ["C"]}}, ["experts.shared.0:", "'C'"]),
+    ({"experts": {**E4, "shared": ["C"]}}, ["experts.shared:", "'C'"]),
     ({"experts": [4]}, ["experts:"]),
     ({"experts": None}, ["experts:"]),
     ({"router": None}, ["router:"]),

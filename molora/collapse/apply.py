@@ -75,6 +75,8 @@ def single_expert(
         bank.Bt.copy_(delta.Bt_rO.unsqueeze(0))
     trained = any(p.requires_grad for p in site.experts.parameters())
     bank.requires_grad_(trained)
+    bank.frozen_weight = site.experts.frozen_weight
+    bank.frozen_bias = site.experts.frozen_bias
     return bank.to(site.base_weight().device).train(site.training)
 
 

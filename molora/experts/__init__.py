@@ -1,14 +1,30 @@
 """Expert families."""
 
+from molora.experts.adalora import AdaLoRAExperts as AdaLoRAExperts
+from molora.experts.aflora import AFLoRAExperts as AFLoRAExperts
+from molora.experts.alora import ALoRAExperts as ALoRAExperts
 from molora.experts.base import EXPERTS as EXPERTS
 from molora.experts.base import AbstractExperts as AbstractExperts
 from molora.experts.base import BilinearExperts as BilinearExperts
+from molora.experts.bilora import BiLoRAExperts as BiLoRAExperts
+from molora.experts.bitfit import BitFitExperts as BitFitExperts
+from molora.experts.boft import BOFTExperts as BOFTExperts
+from molora.experts.dora import DoRAExperts as DoRAExperts
+from molora.experts.factors import FactorConfig as FactorConfig
+from molora.experts.factors import FactorExperts as FactorExperts
+from molora.experts.factors import Place as Place
 from molora.experts.goat import GOATExperts as GOATExperts
 from molora.experts.ia3 import IA3Experts as IA3Experts
 from molora.experts.loha import LoHaExperts as LoHaExperts
 from molora.experts.lokr import LoKrExperts as LoKrExperts
 from molora.experts.lora import LoRAExperts as LoRAExperts
+from molora.experts.lotr import LoTRExperts as LoTRExperts
+from molora.experts.melora import MELoRAExperts as MELoRAExperts
 from molora.experts.mora import MoRAExperts as MoRAExperts
+from molora.experts.oft import OFTExperts as OFTExperts
+from molora.experts.prolora import PRoLoRAExperts as PRoLoRAExperts
+from molora.experts.sora import SoRAExperts as SoRAExperts
 from molora.experts.sparse import SparseExperts as SparseExperts
 from molora.experts.sum import SumExperts as SumExperts
 from molora.experts.superlora import SuperLoRAExperts as SuperLoRAExperts
+from molora.experts.vera import VeRAExperts as VeRAExperts

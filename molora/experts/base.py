@@ -5,8 +5,8 @@ Shape legend (this folder)
 """
 
 import abc
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import pydantic
 import torch
@@ -153,6 +153,19 @@ class AbstractExperts(nn.Module, abc.ABC):
         raise WrapError(f"PEFT has no format for {cls.__name__}")
 
 
+class Part(NamedTuple):
+    """Factors of one summand of the update of every expert."""
+
+    A: Tensor
+    """[E or 1, r, I]."""
+    Bt: Tensor
+    """[E or 1, r, O]."""
+    scale: float | Tensor
+    """A number or [E]."""
+    dropout: float = 0.0
+    """Dropout on its input in training."""
+
+
 class BilinearExperts(AbstractExperts):
     """Experts of the form delta_e(x) = scale_e * B_e (A_e x).
 
@@ -179,20 +192,11 @@ class BilinearExperts(AbstractExperts):
         Given the layer, a function of x that gives [T, O], backward writes the gradient
         of x once for both. Given None, the result is the update alone.
         """
-        A, Bt, scale = self.factors()
-        if not (self.training and self.lora_dropout):
-            return lowrank_mixture(x, A, Bt, gates, scale, base, top_k=top_k)
-        return lowrank_mixture(
-            x,
-            A,
-            Bt,
-            gates,
-            scale,
-            base,
-            top_k=top_k,
-            dropout=self.lora_dropout,
-            seed=_seed(),
-        )
+        return mixed(self.parts(), x, gates, base, top_k, self.training)
+
+    def parts(self) -> list[Part]:
+        """Summands that together are the factors, where dropout is not on all."""
+        return [Part(*self.factors(), self.lora_dropout)]
 
     def scales(self) -> list[float]:
         """Scale of each expert."""
@@ -210,11 +214,43 @@ class BilinearExperts(AbstractExperts):
 
     def delta_weight(self, expert: int, weight: Tensor | None = None) -> Tensor:
         """See base class; the frozen weight is not read."""
-        a_rI, b_rO = self.expert_factors(expert)
-        return b_rO.t() @ a_rI
+        A, Bt, _ = self.factors()
+        wide = torch.promote_types(A.dtype, torch.float32)
+        a_rI = A[expert % A.shape[0]].detach().to(wide)
+        b_rO = Bt[expert % Bt.shape[0]].detach().to(wide)
+        return self.scales()[expert] * (b_rO.t() @ a_rI)
 
 
-def _seed() -> int | Tensor:
+def mixed(
+    parts: Sequence[Part],
+    x: Tensor,
+    gates: Tensor | None,
+    base: Tensor | Layer | None,
+    top_k: int | None,
+    training: bool,
+) -> Tensor:
+    """Add gated low-rank parts to the base output; see ``BilinearExperts.forward``."""
+    for A, Bt, scale, dropout in parts:
+        mine = gates
+        if gates is not None and A.shape[0] == Bt.shape[0] == 1 < gates.shape[1]:
+            # all experts have the same
+            mine = gates.sum(-1, keepdim=True)
+        base = lowrank_mixture(
+            x,
+            A,
+            Bt,
+            mine,
+            scale,
+            base,
+            top_k=top_k if mine is gates else None,
+            dropout=dropout if training else 0.0,
+            seed=dropout_seed() if training and dropout else 0,
+        )
+    assert isinstance(base, Tensor)
+    return base
+
+
+def dropout_seed() -> int | Tensor:
     """Seed of one mask, of the global generator, which checkpointing rewinds."""
     drawn = torch.randint(2**62, ())
     # a compiled graph draws another one each time it runs

@@ -14,12 +14,15 @@ All vectors start at 1, where the update is zero.
 Shape legend: see base.py; n features that are scaled (I or O).
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from molora.errors import WrapError
 from molora.experts.base import EXPERTS, AbstractExperts, ExpertsConfig
+from molora.experts.peft_form import PeftForm
 
 
 @EXPERTS.register("ia3", paper="arXiv:2205.05638")
@@ -27,8 +30,9 @@ class IA3Experts(AbstractExperts):
     """E vectors that scale the values of the layer (MoV behind a soft router).
 
     Limitations: the update diag(l - 1) W has full rank, so a mixture of vectors has no
-    low-rank collapse and no LoRA export; a single vector merges exactly. The router
-    reads the layer's input; MoV's own one reads the keys and values, head by head.
+    low-rank collapse, and a LoRA of it is an approximation; a single vector merges
+    exactly. The router reads the layer's input; MoV's own one reads the keys and
+    values, head by head.
 
     Args:
         config: Settings.
@@ -45,6 +49,8 @@ class IA3Experts(AbstractExperts):
         position: Literal["output", "input"] = "output"
         """Values that are scaled: the layer's output, or its input (PEFT's
         feedforward_modules)."""
+
+    peft_type = "IA3"
 
     def __init__(
         self,
@@ -95,3 +101,33 @@ class IA3Experts(AbstractExperts):
     def count(self) -> int:
         """See base class."""
         return self.vectors.numel()
+
+    def to_peft(self, expert: int) -> PeftForm:
+        """See base class."""
+        vector_n = self.vectors[expert].detach().clone()
+        shape = (1, -1) if self.on_input else (-1, 1)
+        return PeftForm(
+            "IA3",
+            {"feedforward_modules": self.on_input},
+            {"ia3_l": vector_n.view(shape)},
+        )
+
+    @classmethod
+    def from_peft(
+        cls,
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        in_features: int,
+        out_features: int,
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See base class; ``feedforward_modules`` says whether the layer is one."""
+        on_input = bool(settings.get("feedforward_modules"))
+        shape = (1, in_features) if on_input else (out_features, 1)
+        vector = tensors["ia3_l"]
+        if tuple(vector.shape) != shape:
+            raise WrapError(
+                f"ia3_l is {list(vector.shape)}, but a layer of {in_features} to "
+                f"{out_features} features has {list(shape)}"
+            )
+        position = "input" if on_input else "output"
+        return {"kind": "ia3", "position": position}, {"vectors": vector.view(1, -1)}

@@ -14,21 +14,22 @@ gradient is zero, because each one's gradient is a multiple of the other.
 Shape legend: see base.py.
 """
 
-import math
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 import pydantic
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from molora.experts.base import EXPERTS, BilinearExperts, ExpertsConfig
+from molora.experts.base import EXPERTS
+from molora.experts.factors import FactorConfig, FactorExperts, Place, uniform
 
 Rank = Annotated[int, pydantic.Field(ge=1)]
 Alpha = Annotated[float, pydantic.Field(gt=0)]
 
 
 @EXPERTS.register("lora", paper="arXiv:2106.09685")
-class LoRAExperts(BilinearExperts):
+class LoRAExperts(FactorExperts):
     """E pairs of low-rank factors with per-expert ranks and scales.
 
     Args:
@@ -36,9 +37,12 @@ class LoRAExperts(BilinearExperts):
         in_features: I.
         out_features: O.
         generator: Source of the initial values of A.
+        places: See ``FactorExperts``.
     """
 
-    class Config(ExpertsConfig):
+    config: "Config"
+
+    class Config(FactorConfig):
         """Settings of LoRA experts."""
 
         kind: Literal["lora"] = "lora"
@@ -49,10 +53,6 @@ class LoRAExperts(BilinearExperts):
         """Numerator of the scale, or a list with that of each expert."""
         use_rslora: bool = False
         """Divide lora_alpha by sqrt(r) instead of r."""
-        lora_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
-        """Dropout on the bank's input in training, one mask for all experts."""
-        shared: list[Literal["A", "B"]] = []
-        """Factors that all experts share: [], [A] or [B]."""
 
         @pydantic.model_validator(mode="after")
         def _lists_fit(self) -> Self:
@@ -63,13 +63,15 @@ class LoRAExperts(BilinearExperts):
                         f"{name} lists {len(value)} values for "
                         f"num_experts={self.num_experts}"
                     )
-            if len(self.shared) > 1:
-                raise ValueError(
-                    "shared: experts that share A and B would all be the same expert; "
-                    "share one of them"
-                )
-            if self.shared and len(set(self.ranks())) > 1:
-                raise ValueError("shared: experts that share a factor need equal ranks")
+            if len(set(self.ranks())) > 1:
+                if self.shared:
+                    raise ValueError(
+                        "shared: experts that share a factor need equal ranks"
+                    )
+                if "masked" in self.trainability.values():
+                    raise ValueError(
+                        "trainability: experts with a masked factor need equal ranks"
+                    )
             return self
 
         def ranks(self) -> list[int]:
@@ -91,40 +93,40 @@ class LoRAExperts(BilinearExperts):
         in_features: int,
         out_features: int,
         generator: torch.Generator,
+        places: Mapping[str, Place] | None = None,
     ):
-        super().__init__()
-        self.config = config
-        self.num_experts = config.num_experts
-        self.lora_dropout = config.lora_dropout
+        super().__init__(
+            config,
+            in_features=in_features,
+            out_features=out_features,
+            generator=generator,
+            places=places,
+        )
         self.ranks = config.ranks()
-        a_stack = 1 if "A" in config.shared else config.num_experts
-        b_stack = 1 if "B" in config.shared else config.num_experts
         widest = max(self.ranks)
-        bound = 1 / math.sqrt(in_features)
-        A = torch.empty(a_stack, widest, in_features)
-        A.uniform_(-bound, bound, generator=generator)
-        for expert, rank in enumerate(self.ranks[:a_stack]):
-            A[expert, rank:] = 0
-        self.A = nn.Parameter(A)
-        self.Bt = nn.Parameter(torch.zeros(b_stack, widest, out_features))
+        self.add("A", (widest, in_features), uniform(self.features("A")))
+        self.add("B", (widest, out_features))
+        if len(set(self.ranks)) > 1:
+            for expert, rank in enumerate(self.ranks):
+                self.value("A").data[expert, rank:] = 0
         scales = config.scales()
         self.scale: float | None = scales[0] if len(set(scales)) == 1 else None
         self.scale_E = torch.tensor(scales)
 
     def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
         """See base class."""
+        A, Bt = self.value("A"), self.value("B")
         if self.scale is not None:
-            return self.A, self.Bt, self.scale
-        dtype = torch.promote_types(self.A.dtype, torch.float32)
-        if self.scale_E.dtype != dtype or self.scale_E.device != self.A.device:
+            return A, Bt, self.scale
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        if self.scale_E.dtype != dtype or self.scale_E.device != A.device:
             # no buffer: casting the model to half precision would round the scales
             self.scale_E = torch.tensor(
-                self.config.scales(), dtype=dtype, device=self.A.device
+                self.config.scales(), dtype=dtype, device=A.device
             )
-        return self.A, self.Bt, self.scale_E
+        return A, Bt, self.scale_E
 
-    def count(self) -> int:
+    def _size(self, name: str) -> int:
         """See base class; padding rows do not count."""
-        a_rows = sum(self.ranks[: self.A.shape[0]])
-        b_rows = sum(self.ranks[: self.Bt.shape[0]])
-        return a_rows * self.A.shape[-1] + b_rows * self.Bt.shape[-1]
+        whole = self.whole(name)
+        return sum(self.ranks[: len(whole)]) * whole.shape[-1]

@@ -1,97 +1,219 @@
-"""Export to PEFT: a folder that ``PeftModel.from_pretrained`` loads as a LoRA.
+"""Export to PEFT: a folder that ``PeftModel.from_pretrained`` loads.
 
-PEFT computes y = base(x) + (lora_alpha / r) B A x. The export has lora_alpha = r and
-the scale of each layer folded into its B, so that readers which know one rank and one
-lora_alpha for all layers (vLLM) compute the same.
+One expert of a family that PEFT has goes into PEFT's own format (peft_forms.py). Any
+linear one becomes a LoRA on request:
+
+    y = base(x) + (lora_alpha / r) B A x (+ bias)
+
+with lora_alpha = r and the scale of each layer folded into its B, so that readers which
+know one rank and one lora_alpha for all layers (vLLM) compute the same. B A is the
+update itself where its rank allows, else the nearest product of that rank in the
+Frobenius norm (Eckart and Young 1936).
 
 Shape legend
     I in features   O out features   r rank of one layer   R rank of the export
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers.pytorch_utils import Conv1D
 
 from molora.atomic import atomic_folder
+from molora.collapse.factors import LowRank, minus, norm, truncate
 from molora.errors import WrapError
-from molora.experts.base import BilinearExperts
+from molora.experts import AbstractExperts, BilinearExperts
+from molora.interop.peft_forms import common_fields, has_own_form, write_forms
 from molora.layer import MoloraLinear
 from molora.manifest import CONFIG, TENSORS, write_json, write_manifest
 from molora.model import sites
 
 
-def export_peft(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapter as a PEFT LoRA, float32, without using PEFT.
+class PeftExport(NamedTuple):
+    """What was written, and what it cost."""
 
-    All layers get the largest rank of any; smaller ones are padded with zeros, which
-    changes no output.
+    peft_type: str
+    """Method as PEFT names it."""
+    errors: dict[str, float]
+    """By layer: ||written - update|| / ||update|| in the Frobenius norm, before
+    rounding to float32. Zero where the layer is written as it is."""
+
+    @property
+    def worst(self) -> float:
+        """Largest error of any layer."""
+        return max(self.errors.values())
+
+
+def export_peft(
+    model: nn.Module, folder: str | Path, rank: int | None = None
+) -> PeftExport:
+    """Write the adapter as a PEFT folder, float32, without using PEFT.
+
+    Without a rank, families that PEFT has are written in its own format of the method,
+    and other products of two factors as a LoRA of their rank. With a rank, any linear
+    family is written as a LoRA; where an update needs more rank, its largest singular
+    values are kept and the error of each layer is returned. A family that changes the
+    bias gives a LoRA with ``lora_bias``, which vLLM does not read.
+
+    All layers of a LoRA get the largest rank of any; smaller ones are padded with
+    zeros, which changes no output.
 
     Args:
-        model: A wrapped model with one low-rank expert per site, merged or not.
+        model: A wrapped model with one expert per site, merged or not.
         folder: Folder to write, in one step.
+        rank: Rank of a LoRA, for any linear family; None keeps the method.
+
+    Returns:
+        The method and the relative error of each layer.
 
     Raises:
         CheckpointError: The folder cannot be written, or holds other things under the
             same names.
-        WrapError: The model is not wrapped, a site has several experts, or experts that
-            are no product of two factors.
+        WrapError: The model is not wrapped, a site has several experts, experts of
+            different methods, that PEFT does not have, that are no change of a weight,
+            or settings that differ where PEFT has one for all layers.
     """
     found = sites(model)
-    factors = {path: _factors(site) for path, site in found.items()}
-    rank = max(a_rI.shape[0] for a_rI, _ in factors.values())
+    for site in found.values():
+        _check_single(site)
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise WrapError(f"export_peft: rank is {rank!r}; give a whole number above 0")
+    if rank is None and all(has_own_form(site.experts) for site in found.values()):
+        with atomic_folder(folder) as temp:
+            kind = write_forms(model, found, 0, temp)
+            write_manifest(temp)
+        return PeftExport(kind, dict.fromkeys(found, 0.0))
+    if rank is None:
+        _check_factors(found)
+    return _export_lora(model, found, folder, rank)
+
+
+def _export_lora(
+    model: nn.Module,
+    found: dict[str, MoloraLinear],
+    folder: str | Path,
+    rank: int | None,
+) -> PeftExport:
+    made = {path: nearest_lora(site, rank) for path, site in found.items()}
+    biases = {path: bias_change(site) for path, site in found.items()}
+    with_bias = any(bias_O is not None for bias_O in biases.values())
+    wide = rank or max(lora.rank for lora, _ in made.values())
     tensors = {}
-    for path, (a_rI, b_rO) in factors.items():
-        missing = (0, 0, 0, rank - a_rI.shape[0])
+    for path, (lora, _) in made.items():
         key = f"base_model.model.{path}"
-        a_RI, b_RO = pad(a_rI, missing), pad(b_rO, missing)
-        tensors[f"{key}.lora_A.weight"] = a_RI.cpu().contiguous()
-        tensors[f"{key}.lora_B.weight"] = b_RO.t().cpu().contiguous()
+        missing = (0, 0, 0, wide - lora.rank)
+        a_RI, b_RO = pad(lora.A_rI, missing), pad(lora.Bt_rO, missing)
+        tensors[f"{key}.lora_A.weight"] = _stored(a_RI)
+        tensors[f"{key}.lora_B.weight"] = _stored(b_RO.t())
+        if with_bias:
+            bias_O = biases[path]
+            bias_O = b_RO.new_zeros(b_RO.shape[1]) if bias_O is None else bias_O
+            tensors[f"{key}.lora_B.bias"] = _stored(bias_O)
     with atomic_folder(folder) as temp:
         save_file(tensors, temp / TENSORS, metadata={"format": "pt"})
-        write_json(temp / CONFIG, peft_config(model, found, rank))
+        config = peft_config(model, found, wide)
+        write_json(temp / CONFIG, config | ({"lora_bias": True} if with_bias else {}))
         write_manifest(temp)
+    return PeftExport("LORA", {path: error for path, (_, error) in made.items()})
 
 
-def _factors(site: MoloraLinear) -> tuple[Tensor, Tensor]:
-    """A [r, I] and B^T [r, O] of the only expert, its scale in B."""
+def _stored(values: Tensor) -> Tensor:
+    return values.float().cpu().contiguous()
+
+
+@torch.no_grad()
+def nearest_lora(site: MoloraLinear, rank: int | None) -> tuple[LowRank, float]:
+    """The only update of a site as a product of two factors, and its relative error.
+
+    Args:
+        site: One linear expert.
+        rank: Rank at most; None is for experts that are such a product.
+
+    Raises:
+        WrapError: The experts are not linear.
+    """
     experts = site.experts
+    if isinstance(experts, BilinearExperts):
+        whole = LowRank(*experts.expert_factors(0))
+        if rank is None or whole.rank <= rank:
+            return whole, 0.0
+        whole = LowRank(whole.A_rI.double(), whole.Bt_rO.double())
+        kept = truncate(whole, rank)
+        size = norm(whole)
+        return kept, norm(minus(kept, whole)) / size if size else 0.0
+    u_OM, s_M, vt_MI = torch.linalg.svd(
+        site.delta_weight().double(), full_matrices=False
+    )
+    root_r1 = s_M[:rank].sqrt().unsqueeze(1)
+    kept = LowRank(root_r1 * vt_MI[:rank], root_r1 * u_OM.t()[:rank])
+    size = float(s_M.norm())
+    return kept, float(s_M[rank:].norm()) / size if size else 0.0
+
+
+@torch.no_grad()
+def bias_change(site: MoloraLinear) -> Tensor | None:
+    """What the only expert of a site adds to the bias, [O]; None: nothing."""
+    bias_O = site.experts.frozen_bias()
+    if bias_O is None:
+        return None
+    wide = bias_O.to(torch.promote_types(bias_O.dtype, torch.float32))
+    return site.experts.delta_bias(0, wide)
+
+
+def _check_single(site: MoloraLinear) -> None:
+    experts = site.experts
+    if experts.num_experts == 1:
+        return
+    advice = "run molora.collapse first, or write"
     if not isinstance(experts, BilinearExperts):
+        advice = "write"
+    if isinstance(experts, BilinearExperts) or experts.peft_type is not None:
+        advice += " one adapter per expert with molora.export_peft_experts"
+    else:
+        advice = "save the mixture itself with save_pretrained"
+    raise WrapError(
+        f"site {site.path!r} routes among {experts.num_experts} experts, which a PEFT "
+        f"adapter cannot do; {advice}"
+    )
+
+
+def _check_factors(found: dict[str, MoloraLinear]) -> None:
+    """Refuse what no LoRA equals exactly, with what can be done instead."""
+    for path, site in found.items():
+        experts = site.experts
+        if isinstance(experts, BilinearExperts):
+            continue
+        what = "PEFT has no format for"
+        if has_own_form(experts):
+            what = "some layers hold other methods, and a PEFT folder has only one:"
         raise WrapError(
-            f"site {site.path!r} holds {type(experts).__name__}, which is no product "
-            "of two factors, so no LoRA equals it; molora.merge folds one expert into "
-            "the base"
+            f"site {path!r}: {what} {type(experts).__name__}; {_instead(experts)}"
         )
-    if experts.num_experts > 1:
-        raise WrapError(
-            f"site {site.path!r} routes among {experts.num_experts} experts, which a "
-            "PEFT LoRA cannot do; run molora.collapse first, or write one LoRA per "
-            "expert with molora.export_peft_experts"
-        )
-    return experts.expert_factors(0)
+
+
+def _instead(experts: AbstractExperts) -> str:
+    if not experts.linear:
+        return "they are no change of a weight, so no LoRA comes near; save_pretrained"
+    return (
+        "give export_peft a rank for a LoRA that comes near them, or molora.merge "
+        "folds one expert into the base exactly"
+    )
 
 
 def peft_config(
     model: nn.Module, found: dict[str, MoloraLinear], rank: int
 ) -> dict[str, Any]:
     """Fields of PEFT's LoraConfig; those left out have neutral defaults there."""
-    config = getattr(model, "config", None)
-    can_generate = getattr(model, "can_generate", lambda: False)()
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if can_generate else None,
-        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
-        "inference_mode": True,
+        **common_fields(model, found, "LORA"),
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "fan_in_fan_out": any(isinstance(s.base, Conv1D) for s in found.values()),
-        "target_modules": list(found),
         "modules_to_save": None,
     }

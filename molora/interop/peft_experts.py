@@ -1,15 +1,14 @@
-"""A mixture as one PEFT LoRA per expert, and one file of its routers.
+"""A mixture as one PEFT adapter per expert, and one file of its routers.
 
-The factors are written as they are: ranks and alphas that differ by layer become
-PEFT's rank_pattern and alpha_pattern.
+Factors of LoRAs are written as they are: ranks and alphas that differ by layer become
+PEFT's rank_pattern and alpha_pattern. Other families that PEFT has go into its own
+format of them.
 
 Shape legend
     E experts   I in features   O out features   r rank of one expert
 """
 
 import json
-import re
-from collections import Counter
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -21,6 +20,7 @@ from molora.errors import WrapError
 from molora.experts import BilinearExperts, LoRAExperts
 from molora.freezing import whole_parameters
 from molora.interop.peft import peft_config
+from molora.interop.peft_forms import by_layer, has_own_form, write_forms
 from molora.layer import MoloraLinear
 from molora.manifest import CONFIG, TENSORS, write_json, write_manifest
 from molora.model import sites
@@ -30,14 +30,15 @@ ROUTER = "router.safetensors"
 
 
 def export_peft_experts(model: nn.Module, folder: str | Path) -> list[Path]:
-    """Write a mixture as one PEFT LoRA per expert and one file of the routers.
+    """Write a mixture as one PEFT adapter per expert and one file of the routers.
 
     PEFT loads each ``expert_<n>`` by itself; ``import_peft`` with ``router=folder``
-    puts the same mixture together again. Layers where both factors of an expert are
+    puts the same mixture together again. Layers where both factors of a LoRA are
     zero, which the adapter it was imported from lacked, are left out.
 
     Args:
-        model: A wrapped model with as many low-rank experts at every site.
+        model: A wrapped model with as many experts at every site, products of two
+            factors or of a family that PEFT has.
         folder: Folder to write, in one step.
 
     Returns:
@@ -46,7 +47,7 @@ def export_peft_experts(model: nn.Module, folder: str | Path) -> list[Path]:
     Raises:
         CheckpointError: The folder cannot be written.
         WrapError: The model is not wrapped, sites have different numbers of experts,
-            experts that are no product of two factors, or with nothing but zeros.
+            experts that PEFT cannot hold, or with nothing but zeros.
     """
     found = sites(model)
     counts = {site.experts.num_experts for site in found.values()}
@@ -55,6 +56,7 @@ def export_peft_experts(model: nn.Module, folder: str | Path) -> list[Path]:
             f"layers have {sorted(counts)} experts, so there is no adapter for each "
             "expert that covers them all; run molora.collapse, or save_pretrained"
         )
+    own = all(has_own_form(site.experts) for site in found.values())
     names = [f"expert_{e}" for e in range(counts.pop())]
     config = model.molora_config
     assert isinstance(config, AdapterConfig)
@@ -68,7 +70,10 @@ def export_peft_experts(model: nn.Module, folder: str | Path) -> list[Path]:
     with atomic_folder(folder) as temp:
         for e, name in enumerate(names):
             (temp / name).mkdir()
-            _write_expert(model, found, e, temp / name)
+            if own:
+                write_forms(model, found, e, temp / name)
+            else:
+                _write_expert(model, found, e, temp / name)
         save_file(weights, temp / ROUTER, metadata={"routers": json.dumps(settings)})
         write_manifest(temp)
     return [Path(folder) / name for name in names]
@@ -88,8 +93,9 @@ def _write_expert(
         experts = site.experts
         if not isinstance(experts, BilinearExperts):
             raise WrapError(
-                f"site {path!r} holds {type(experts).__name__}, which is no product of "
-                "two factors, so no LoRA equals it; save it with save_pretrained"
+                f"site {path!r}: PEFT cannot hold {type(experts).__name__} beside the "
+                "other layers, as it is no product of two factors or of another "
+                "method; save the mixture with save_pretrained"
             )
         A, Bt, _ = experts.factors()
         rank, scale = A.shape[1], experts.scales()[expert]
@@ -105,18 +111,10 @@ def _write_expert(
         ranks[path], alphas[path] = rank, scale * rank
     if not ranks:
         raise WrapError(f"expert {expert} is zero at every layer, so it is no adapter")
-    usual_r = Counter(ranks.values()).most_common(1)[0][0]
-    usual_alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = {
-        **peft_config(model, {path: found[path] for path in ranks}, usual_r),
-        "lora_alpha": usual_alpha,
-        "rank_pattern": {_exact(p): r for p, r in ranks.items() if r != usual_r},
-        "alpha_pattern": {_exact(p): a for p, a in alphas.items() if a != usual_alpha},
+        **peft_config(model, {path: found[path] for path in ranks}, 1),
+        **by_layer(ranks, "rank_pattern", "r"),
+        **by_layer(alphas, "alpha_pattern", "lora_alpha"),
     }
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     write_json(folder / CONFIG, config)
-
-
-def _exact(path: str) -> str:
-    """Key of a pattern for one layer; PEFT matches it with the end of any path."""
-    return f"^{re.escape(path)}"

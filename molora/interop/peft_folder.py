@@ -23,7 +23,7 @@ from molora.manifest import CONFIG, TENSORS, read_json
 
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 
-_NO_EFFECT = {
+NO_EFFECT = {
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
@@ -52,9 +52,7 @@ _NO_EFFECT = {
 }
 """Fields that are read here, or that change nothing once an adapter is trained."""
 
-_WHY = {
-    "use_dora": "DoRA divides by the norm of the merged weight, so its update is no "
-    "sum of experts. Merge it into a base of its own, or retrain without use_dora",
+WHY = {
     "modules_to_save": "it trains whole modules beside the LoRA, which experts cannot "
     "share. Retrain without modules_to_save",
     "bias": "it trains biases of the base, which experts cannot share. Retrain with "
@@ -62,7 +60,7 @@ _WHY = {
     "lora_bias": "experts have no bias of their own. Retrain without lora_bias",
 }
 
-_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base weight as it is."""
 
 
@@ -101,8 +99,8 @@ def read_lora(folder: str | Path) -> PeftLora:
     factors = _factors(folder)
     scales = {}
     for path, (a_rI, _) in factors.items():
-        rank = _by_layer(config, "rank_pattern", "r", path, folder)
-        alpha = _by_layer(config, "alpha_pattern", "lora_alpha", path, folder)
+        rank = value_at(config, "rank_pattern", "r", path, folder)
+        alpha = value_at(config, "alpha_pattern", "lora_alpha", path, folder)
         if rank != a_rI.shape[0]:
             raise CheckpointError(
                 f"{folder}: {path} has rank {a_rI.shape[0]}, but {CONFIG} says {rank}"
@@ -111,27 +109,32 @@ def read_lora(folder: str | Path) -> PeftLora:
     return PeftLora(folder, config.get("base_model_name_or_path"), factors, scales)
 
 
-def _check_variant(folder: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        advice = "; load it with molora.load" if kind == "MOLORA" else ""
-        raise CheckpointError(f"{folder}: peft_type is {kind!r}, not 'LORA'{advice}")
+def check_start(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a LoRA whose initialisation has edited the base."""
     start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_INIT:
+    if start not in PLAIN_INIT:
         raise CheckpointError(
             f"{folder}: init_lora_weights={start!r} has changed the base weight, which "
             "other experts share. Save it with PEFT's "
             "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
+
+
+def _check_variant(folder: Path, config: Mapping[str, Any]) -> None:
+    check_start(folder, config)
     for name, value in config.items():
-        if name in _NO_EFFECT or not value or (name == "bias" and value == "none"):
+        if name in NO_EFFECT or not value or (name == "bias" and value == "none"):
             continue
-        why = _WHY.get(name, "this is no plain LoRA, and molora does not know it")
+        why = WHY.get(name, "this is no plain LoRA, and molora does not know it")
         raise CheckpointError(f"{folder}: {name}={value!r}: {why}")
 
 
-def _factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by module path, in pairs that fit."""
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of an adapter, by key.
+
+    Raises:
+        CheckpointError: No file that can be read, or values that no expert can hold.
+    """
     if not (folder / TENSORS).is_file():
         raise CheckpointError(
             f"{folder}: has no {TENSORS}; a pickle (.bin) is not read, since it can "
@@ -141,19 +144,25 @@ def _factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         tensors = load_file(folder / TENSORS)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / TENSORS}: cannot be read: {error}") from error
-    halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise CheckpointError(
-                f"{folder}: holds {key!r}, which is no factor of a linear LoRA"
-            )
         if tensor.dtype == torch.float64 or not tensor.is_floating_point():
             raise CheckpointError(
                 f"{folder}: {key} is {tensor.dtype}; experts are float32, save it so"
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: {key} holds NaN or infinity")
+    return tensors
+
+
+def _factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by module path, in pairs that fit."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(folder).items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise CheckpointError(
+                f"{folder}: holds {key!r}, which is no factor of a linear LoRA"
+            )
         halves.setdefault(match[1], {})[match[2]] = tensor
     if not halves:
         raise CheckpointError(f"{folder}: holds no LoRA factors")
@@ -165,7 +174,7 @@ def _factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return {path: (pair["A"], pair["B"]) for path, pair in halves.items()}
 
 
-def _by_layer(
+def value_at(
     config: Mapping[str, Any], patterns: str, default: str, path: str, folder: Path
 ) -> float:
     """Value of the first pattern that matches the end of the path, as PEFT does it."""

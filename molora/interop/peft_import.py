@@ -1,12 +1,11 @@
-"""Upcycling: several PEFT LoRAs become the experts of one bank.
+"""Upcycling: several PEFT adapters of one method become the experts of one bank.
 
-    y = base(x) + sum_e g_e(x) s_e B_e A_e x
+    y = base(x) + sum_e g_e(x) delta_e(x)
 
-Experts of different rank are padded with zeros, which changes no value. Every expert
-keeps its own scale, layer by layer.
+LoRAs are read by peft_loras.py, adapters of other methods by peft_family.py.
 
 Shape legend
-    E experts   I in features   O out features   r rank of one expert
+    E experts
 """
 
 import contextlib
@@ -23,12 +22,18 @@ from torch import Tensor, nn
 
 from molora.config import AdapterConfig
 from molora.errors import CheckpointError, ConfigError
-from molora.experts import LoRAExperts
 from molora.freezing import Train
-from molora.interop.general import Subtract, subtract_general
+from molora.interop.general import Subtract
+from molora.interop.peft_adapter import family_of
 from molora.interop.peft_experts import ROUTER, router_values
-from molora.interop.peft_folder import PeftLora, read_lora
-from molora.layer import SUPPORTED, MoloraLinear, sizes
+from molora.interop.peft_family import Adapters
+from molora.interop.peft_loras import Loras
+from molora.interop.xlora_import import (
+    is_xlora,
+    read_xlora,
+    split_xlora,
+    xlora_base,
+)
 from molora.model import check_wrappable, sites, unwrap, wrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -47,20 +52,26 @@ def import_peft(
     general: Sequence[str | Path] = (),
     general_form: Subtract = "delta",
 ) -> M:
-    """Wrap a base model with one expert per PEFT LoRA, in place.
+    """Wrap a base model with one expert per PEFT adapter, in place.
 
     Read are ordinary LoRAs with their own ranks, alphas, rank and alpha patterns, with
-    or without rsLoRA. All must have the same target layers, except where each row
-    names its adapter (router.kind ``adapter``): one that lacks a layer adds nothing
-    there, trained or not, as by itself.
+    or without rsLoRA, and every method that an expert family is (``peft_type`` of the
+    class). Adapters of those have equal settings at a layer. All must have the same
+    target layers, except LoRAs where each row names its adapter (router.kind
+    ``adapter``) or one classifier weighs them (xlora): one that lacks a layer adds
+    nothing there, trained or not, as by itself.
+
+    A PEFT X-LoRA is read with its classifier. PEFT keeps its LoRAs frozen, which is
+    ``train: router`` here.
 
     Args:
         base_model: The model that the adapters were trained on.
         folders: What PEFT's ``save_pretrained`` wrote, one for each expert. A single
-            one makes an ordinary adapter.
+            one makes an ordinary adapter; that of an X-LoRA stands for the LoRAs that
+            it names and for its router.
         router: Settings of the router, as in a YAML; or the folder that
-            ``export_peft_experts`` wrote, whose routers are used. None is for one
-            adapter.
+            ``export_peft_experts`` wrote, whose routers are used, or that of an X-LoRA
+            whose LoRAs are elsewhere now. None is for one adapter.
         train: ``router`` freezes the experts, ``all`` trains them along; ``newest`` is
             for ``molora.grow``.
         balance: Balance objectives, as in a YAML.
@@ -76,8 +87,8 @@ def import_peft(
         The same object.
 
     Raises:
-        CheckpointError: A folder is no LoRA that can be an expert; adapters with
-            different bases or targets, or that do not fit the model.
+        CheckpointError: A folder is no adapter that can be an expert; adapters of
+            different methods, bases, targets or settings, or that do not fit the model.
         ConfigError: A wrong setting.
         WrapError: The model is wrapped already or cannot be wrapped. Whatever is
             raised, the model is as it was.
@@ -97,35 +108,54 @@ def import_peft(
         raise CheckpointError("import_peft: give at least one folder of a PEFT LoRA")
     if general_form not in get_args(Subtract):
         raise ConfigError(f"general_form: {general_form!r} is none of delta, factors")
-    loras = [read_lora(folder) for folder in folders]
-    known = [read_lora(folder) for folder in general]
-    _check_bases(base_model, [*loras, *known], allow_base_mismatch)
-    paths = list(dict.fromkeys(path for lora in loras for path in lora.factors))
-    routers, weights = _routers(router, paths)
-    named = all(settings.get("kind") == "adapter" for settings in routers.values())
-    _check_targets(base_model, [*loras, *known], named, bool(known))
-    if known:
-        loras = [subtract_general(lora, known, general_form) for lora in loras]
-    elif general_form != "delta":
+    folders, router = split_xlora(folders, router)
+    source: Loras | Adapters
+    family = _one_family([*folders, *general])
+    if family == "lora":
+        source = Loras.read(folders, general, general_form, lora_dropout)
+    elif general:
+        raise ConfigError(f"import_peft: general is for LoRAs, and these are {family}")
+    else:
+        source = Adapters.read(folders, family, base_model, lora_dropout)
+    if not general and general_form != "delta":
         raise ConfigError("general_form is read with general=[folders] only; drop it")
-    experts = {p: _experts(loras, p, lora_dropout) for p in paths}
-    described = {p: {"experts": experts[p], "router": routers[p]} for p in experts}
+    bases = {**source.bases, **xlora_base(router)}
+    _check_bases(base_model, bases, allow_base_mismatch)
+    routers, weights = _routers(router, base_model, source.paths, len(folders))
+    apart = ("adapter", "xlora")
+    named = all(settings.get("kind") in apart for settings in routers.values())
+    blocks = source.blocks(base_model, named)
+    described = {p: {"experts": blocks[p], "router": routers[p]} for p in blocks}
     config = _config(base_model, described, train, balance)
     with contextlib.ExitStack() as undo:
         wrap(base_model, config, seed=seed)
         undo.callback(unwrap, base_model)
-        for path, site in sites(base_model).items():
-            _fill(site, loras, path)
+        for site in sites(base_model).values():
+            source.fill(site)
         _fill_routers(base_model, weights)
         undo.pop_all()
     return base_model
 
 
-def _check_bases(model: nn.Module, loras: list[PeftLora], allowed: bool) -> None:
+def _one_family(folders: Sequence[str | Path]) -> str:
+    """Family of all adapters; a bank holds experts of one."""
+    families = {str(folder): family_of(folder) for folder in folders}
+    if len(set(families.values())) > 1:
+        told = "; ".join(f"{folder}: {family}" for folder, family in families.items())
+        raise CheckpointError(
+            f"import_peft: the adapters are of different methods ({told}), but a bank "
+            "holds one; import them apart, or export each as a LoRA of one rank"
+        )
+    return next(iter(families.values()))
+
+
+def _check_bases(
+    model: nn.Module, bases: Mapping[str, str | None], allowed: bool
+) -> None:
     """Refuse adapters that name different bases; folders count by their last name."""
     own = getattr(getattr(model, "config", None), "_name_or_path", None)
-    named = [(str(lora.folder), lora.base) for lora in loras]
-    named = [(where, base) for where, base in [("the model", own), *named] if base]
+    given = [("the model", own), *bases.items()]
+    named = [(where, base) for where, base in given if base]
     short = {str(base).rstrip("/").rpartition("/")[2] for _, base in named}
     if len(short) > 1 and not allowed:
         told = "; ".join(f"{where}: {base}" for where, base in named)
@@ -135,55 +165,18 @@ def _check_bases(model: nn.Module, loras: list[PeftLora], allowed: bool) -> None
         )
 
 
-def _check_targets(
-    model: nn.Module, loras: list[PeftLora], named: bool, general: bool
-) -> None:
-    """Refuse layers that the model lacks, and different ones unless rows name them."""
-    first, modules = loras[0], dict(model.named_modules())
-    why = "which goes only where each row names its adapter: router.kind adapter"
-    if general:
-        why = "but general adapters and experts need the same layers, with any router"
-    for lora in loras:
-        differing = sorted(lora.factors.keys() ^ first.factors.keys())
-        if differing and (general or not named):
-            raise CheckpointError(
-                f"import_peft: {first.folder} and {lora.folder} have different target "
-                f"layers, for example {differing[0]!r} is in one of them only, "
-                f"{why}"
-            )
-        for path, (a_rI, b_Or) in lora.factors.items():
-            module = modules.get(path)
-            if not isinstance(module, SUPPORTED):
-                what = "which the model lacks" if module is None else "no linear layer"
-                raise CheckpointError(f"{lora.folder}: targets {path!r}, {what}")
-            if (a_rI.shape[1], b_Or.shape[0]) != sizes(module):
-                raise CheckpointError(
-                    f"{lora.folder}: {path} maps {a_rI.shape[1]} to {b_Or.shape[0]} "
-                    f"features, in the model {' to '.join(map(str, sizes(module)))}"
-                )
-
-
-def _experts(loras: list[PeftLora], path: str, dropout: float) -> dict[str, Any]:
-    # an adapter that lacks the layer keeps a rank of zeros there
-    ranks = [
-        lora.factors[path][0].shape[0] if path in lora.factors else 1 for lora in loras
-    ]
-    scales = [lora.scales.get(path, 1.0) for lora in loras]
-    return {
-        "kind": "lora",
-        "num_experts": len(loras),
-        "r": ranks,
-        "lora_alpha": [scale * r for scale, r in zip(scales, ranks, strict=True)],
-        "lora_dropout": dropout,
-    }
-
-
 def _routers(
-    router: Mapping[str, Any] | str | Path | None, paths: list[str]
+    router: Mapping[str, Any] | str | Path | None,
+    model: nn.Module,
+    paths: list[str],
+    num_experts: int,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Router settings by site, and weights where a file holds them."""
     if router is None or isinstance(router, Mapping):
         return dict.fromkeys(paths, dict(router or {"kind": "none"})), {}
+    if is_xlora(router):
+        settings, weights = read_xlora(Path(router), model, paths, num_experts)
+        return dict.fromkeys(paths, settings), weights
     file = Path(router) / ROUTER
     try:
         with safe_open(file, "pt") as opened:
@@ -232,19 +225,6 @@ def _changes(one: dict[str, Any], usual: str) -> dict[str, Any]:
         else {n: v for n, v in settings.items() if before[part].get(n) != v}
         for part, settings in changed.items()
     }
-
-
-@torch.no_grad()
-def _fill(site: MoloraLinear, loras: list[PeftLora], path: str) -> None:
-    experts = site.experts
-    assert isinstance(experts, LoRAExperts)
-    for e, lora in enumerate(loras):
-        if path not in lora.factors:
-            experts.A[e] = 0
-            continue
-        a_rI, b_Or = lora.factors[path]
-        experts.A[e, : a_rI.shape[0]] = a_rI
-        experts.Bt[e, : a_rI.shape[0]] = b_Or.t()
 
 
 @torch.no_grad()

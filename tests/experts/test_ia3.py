@@ -155,8 +155,6 @@ def test_what_it_cannot_is_refused_with_what_works(make: Any, tmp_path: Path) ->
         molora.collapse(model, "svd", show_progress=False)
     with pytest.raises(WrapError, match="train one expert, which merges"):
         molora.merge(model)
-    with pytest.raises(WrapError, match=r"molora\.merge folds one expert"):
+    with pytest.raises(WrapError, match=r"4 experts.*molora\.export_peft_experts"):
         molora.export_peft(model, tmp_path / "out")
-    single = wrapped(make("llama"), "llama").float()
-    with pytest.raises(WrapError, match=r"molora\.merge"):
-        molora.export_peft(single, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,301 @@
+"""DoRA experts: the direction of V_e is adapted by another family, its norms freely.
+
+    V_e = W + DeltaW_e              c_e = row norms of V_e, a constant in backward
+    delta_e(x) = (m_e / c_e - 1) * W x + (m_e / c_e) * DeltaW_e x
+
+Reference: Liu et al. 2024, arXiv:2402.09353, equation 5, with the detached norm of its
+section 4.3. The paper's columns are the rows of a weight stored [O, I]. m starts at c,
+so that the update is that of the inner family, which is zero for most.
+
+Around a low-rank family nothing dense is made: m / c is folded into Bt, the term of the
+base is one [T, E] by [E, O] product, and
+
+    |V_e|^2 = |W|^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B)
+
+Shape legend: see base.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from molora.errors import ConfigError, WrapError
+from molora.experts.base import (
+    EXPERTS,
+    AbstractExperts,
+    BilinearExperts,
+    ExpertsConfig,
+    mixed,
+)
+from molora.experts.magnitude import magnified, row_norms
+from molora.experts.peft_form import PeftForm
+from molora.kernels import Layer
+
+
+@EXPERTS.register("dora", paper="arXiv:2402.09353")
+class DoRAExperts(AbstractExperts):
+    """Experts of another linear family, and a magnitude for each output of each.
+
+    Limitations: dropout is on the inner update alone; PEFT's DoRA drops values of the
+    base term as well. Around a family that is not low-rank the norms take one dense
+    update at a time, and in training every expert runs twice.
+
+    Args:
+        config: Settings.
+        in_features: I.
+        out_features: O.
+        generator: Source of the initial values of the inner family.
+    """
+
+    class Config(ExpertsConfig):
+        """Settings of DoRA experts."""
+
+        kind: Literal["dora"] = "dora"
+        """Registered name."""
+        inner: dict[str, Any] = {"kind": "lora"}
+        """Settings of the family that adapts the direction, without num_experts."""
+
+        @pydantic.model_validator(mode="after")
+        def _inner_fits(self) -> "DoRAExperts.Config":
+            _check_family(self.inner_config().kind)
+            return self
+
+        def inner_config(self) -> ExpertsConfig:
+            """Settings of the inner family.
+
+            Raises:
+                ConfigError: They are wrong.
+            """
+            if "num_experts" in self.inner:
+                raise ConfigError(
+                    "inner.num_experts: every magnitude has one inner expert; set "
+                    "num_experts of dora instead"
+                )
+            if "kind" not in self.inner:
+                raise ConfigError("inner.kind: this field is required, such as lora")
+            try:
+                family = EXPERTS[str(self.inner["kind"])]
+            except ConfigError as error:
+                raise ConfigError(f"inner.kind: {error}") from None
+            settings = {**self.inner, "num_experts": self.num_experts}
+            return family.Config.from_dict(settings, "inner")
+
+    takes_layer = True
+    peft_type: ClassVar[str | None] = "LORA"
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        in_features: int,
+        out_features: int,
+        generator: torch.Generator,
+    ):
+        super().__init__()
+        self.config = config
+        self.num_experts = config.num_experts
+        settings = config.inner_config()
+        family: Any = EXPERTS[settings.kind]
+        self.inner: AbstractExperts = family(
+            settings,
+            in_features=in_features,
+            out_features=out_features,
+            generator=generator,
+        )
+        self.starts_at_zero = self.inner.starts_at_zero
+        self.frozen = tuple(f"inner.{name}" for name in self.inner.frozen)
+        self.magnitude = nn.Parameter(torch.ones(self.num_experts, out_features))
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """See base class.
+
+        Raises:
+            WrapError: A row of the weight is zero, which has no direction, or the
+                weight holds no values yet.
+        """
+        if weight.is_meta:
+            raise WrapError(
+                "experts.kind dora starts at the norms of the frozen weights, which "
+                "are on the meta device; load the weights first"
+            )
+        self.inner.frozen_weight = self.frozen_weight
+        self.inner.frozen_bias = self.frozen_bias
+        self.inner.start(weight)
+        norms_EO = self.norms(weight)
+        if not (norms_EO > 0).all():
+            row = int((~(norms_EO > 0)).any(0).nonzero()[0])
+            raise WrapError(
+                f"experts.kind dora divides by the norm of every row of a frozen "
+                f"weight [{weight.shape[0]}, {weight.shape[1]}], and row {row} is zero "
+                "or not a number; leave this layer out of target_modules"
+            )
+        self.magnitude.copy_(norms_EO)
+
+    def forward(
+        self,
+        x: Tensor,
+        gates: Tensor | None,
+        base: Tensor | Layer | None,
+        top_k: int | None = None,
+    ) -> Tensor:
+        """See base class; base may be the layer or None as for ``BilinearExperts``."""
+        if base is None:
+            plain_TO = nn.functional.linear(x, self.frozen_weight().to(x.dtype))
+            return self._added(x, gates, plain_TO, None, top_k) - plain_TO
+        return self._added(x, gates, base, self.frozen_bias(), top_k)
+
+    def _added(
+        self,
+        x: Tensor,
+        gates: Tensor | None,
+        base: Tensor | Layer,
+        bias_O: Tensor | None,
+        top_k: int | None,
+    ) -> Tensor:
+        """Base output plus updates; the bias is what the base output holds."""
+        ratio_EO = self.magnitude / self.norms(self.frozen_weight())
+
+        def scaled(y_TO: Tensor) -> Tensor:
+            return magnified(y_TO, bias_O, gates, ratio_EO)
+
+        def around(x_TI: Tensor) -> Tensor:
+            assert not isinstance(base, Tensor)
+            return scaled(base(x_TI))
+
+        inner, given = self.inner, scaled(base) if isinstance(base, Tensor) else around
+        # a forward of its own may do more than its parts say
+        if type(inner).forward is BilinearExperts.forward:
+            assert isinstance(inner, BilinearExperts)
+            ratio_E1O = ratio_EO.unsqueeze(1)
+            parts = [part._replace(Bt=part.Bt * ratio_E1O) for part in inner.parts()]
+            return mixed(parts, x, gates, given, top_k, self.training)
+        plain_TO = base if isinstance(base, Tensor) else base(x)
+        y_TO = scaled(plain_TO)
+        for expert in range(self.num_experts):
+            call = (x, gates, plain_TO, ratio_EO[expert], expert)
+            y_TO = y_TO + checkpoint(self._of_one, *call, use_reentrant=False)
+        return y_TO
+
+    def _of_one(
+        self,
+        x: Tensor,
+        gates: Tensor | None,
+        plain_TO: Tensor,
+        ratio_O: Tensor,
+        expert: int,
+    ) -> Tensor:
+        """Gated inner update of one expert, with its magnitude."""
+        if gates is not None:
+            chosen_E = torch.arange(self.num_experts, device=gates.device) == expert
+            gates = gates * chosen_E
+        wide_TO = plain_TO.to(ratio_O.dtype)
+        update_TO: Tensor = self.inner(x, gates, wide_TO, 1) - wide_TO
+        return (update_TO * ratio_O).to(plain_TO.dtype)
+
+    @torch.no_grad()
+    def norms(self, weight: Tensor) -> Tensor:
+        """Row norms c [E, O] of every V_e, at least float32.
+
+        Args:
+            weight: The frozen weight, [O, I].
+        """
+        with torch.autocast(weight.device.type, enabled=False):
+            if isinstance(self.inner, BilinearExperts):
+                c_EO = row_norms(weight, *self.inner.factors())
+                return c_EO.expand(self.num_experts, -1)
+            wide_OI = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            return torch.stack(
+                [
+                    torch.linalg.vector_norm(
+                        wide_OI + self.inner.delta_weight(e, wide_OI), dim=1
+                    )
+                    for e in range(self.num_experts)
+                ]
+            )
+
+    @torch.no_grad()
+    def delta_weight(self, expert: int, weight: Tensor) -> Tensor:
+        """See base class."""
+        wide_OI = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        v_OI = wide_OI + self.inner.delta_weight(expert, wide_OI)
+        c_O1 = torch.linalg.vector_norm(v_OI, dim=1, keepdim=True)
+        grown_OI: Tensor = self.magnitude[expert].unsqueeze(1) / c_O1 * v_OI
+        return grown_OI - wide_OI
+
+    def count(self) -> int:
+        """See base class."""
+        return self.magnitude.numel() + self.inner.count()
+
+    def to_peft(self, expert: int) -> PeftForm:
+        """See base class: a LoRA with ``use_dora``.
+
+        Raises:
+            WrapError: The inner family is no product of two factors.
+        """
+        inner = self.inner
+        if not isinstance(inner, BilinearExperts):
+            raise WrapError(
+                f"PEFT has DoRA around low-rank factors alone, and "
+                f"{type(inner).__name__} has none"
+            )
+        A, Bt, _ = inner.factors()
+        rank = A.shape[1]
+        tensors = {
+            "lora_A.weight": A[expert % len(A)].detach(),
+            "lora_B.weight": Bt[expert % len(Bt)].detach().t(),
+            "lora_magnitude_vector": self.magnitude[expert].detach(),
+        }
+        settings = {
+            "r": rank,
+            "lora_alpha": inner.scales()[expert] * rank,
+            "use_dora": True,
+        }
+        return PeftForm("LORA", settings, tensors)
+
+    @classmethod
+    def from_peft(
+        cls,
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        in_features: int,
+        out_features: int,
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See base class."""
+        if not settings.get("use_dora"):
+            raise WrapError("this PEFT LoRA has use_dora false; it is of kind lora")
+        inner = {
+            "kind": "lora",
+            "r": settings["r"],
+            "lora_alpha": float(settings["lora_alpha"]),
+            "use_rslora": bool(settings.get("use_rslora")),
+        }
+        state = {
+            "inner.A": tensors["lora_A.weight"].unsqueeze(0),
+            "inner.Bt": tensors["lora_B.weight"].t().unsqueeze(0).contiguous(),
+            "magnitude": tensors["lora_magnitude_vector"].unsqueeze(0),
+        }
+        return {"kind": "dora", "num_experts": 1, "inner": inner}, state
+
+
+def _check_family(kind: str) -> None:
+    """Refuse families whose updates are no map that is added to the frozen layer."""
+    family, plain = EXPERTS[kind], AbstractExperts
+    why = None
+    if family is DoRAExperts:
+        why = "has magnitudes already"
+    elif not family.linear:
+        why = "is not linear, so there is no weight to take norms of"
+    elif family.edit_input is not plain.edit_input:
+        why = "changes what the layer reads"
+    elif family.delta_bias is not plain.delta_bias:
+        why = "changes the bias of the layer"
+    if why:
+        raise ConfigError(
+            f"inner.kind {kind!r} {why}; dora goes around families that add a linear "
+            "map, such as lora"
+        )

@@ -1,0 +1,340 @@
+"""What every tensor of a bilinear family can be: shared, frozen, seeded, masked.
+
+``shared`` says who reads the same tensor:
+
+    experts   all experts of one layer
+    layer     all target layers of one layer of the model
+    type      the target layers of one place in every layer (LoTR)
+    model     all target layers (VeRA)
+
+and a scope wider than the layer holds for its experts too. The first target layer of a
+group, in the order of the model, owns the tensor, as wide as the widest layer asks; the
+others hold a reference to the owner and read the leading columns. So a state dict, an
+optimizer and a checkpoint see each tensor once.
+
+``trainability`` says what may change it:
+
+    frozen    drawn once, saved, never trained (LoRA-FA, LoRI)
+    seeded    drawn from projection_prng_key, not saved, drawn again (VeRA)
+    masked    the entries of a fixed mask train, the others stay zero (LoRI)
+
+Shape legend: see base.py.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from molora.errors import WrapError
+from molora.experts.base import BilinearExperts, ExpertsConfig
+
+Scope = Literal["experts", "layer", "type", "model"]
+Trained = Literal["frozen", "seeded", "masked"]
+Side = Literal["in", "out", "rank"]
+Draw = Callable[[Tensor, torch.Generator], object]
+"""Fills a tensor with its initial values."""
+
+
+class FactorConfig(ExpertsConfig):
+    """Settings of every bilinear family."""
+
+    TENSORS: ClassVar[Mapping[str, Side]] = {"A": "in", "B": "out"}
+    """Tensors of the family, and what their last axis is."""
+    ZERO: ClassVar[tuple[str, ...]] = ("B",)
+    """Those that start at zero."""
+
+    lora_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    """Dropout on the bank's input in training, one mask for all experts."""
+    shared: list[str] | dict[str, str] = []
+    """Tensors that are shared: a list of those that all experts of a layer share, or a
+    mapping from tensor to scope (experts, layer, type, model)."""
+    trainability: dict[str, Trained] = {}
+    """Tensors that are not simply trained: frozen, seeded or masked."""
+    density: float | None = pydantic.Field(default=None, gt=0, le=1)
+    """Share of the entries of a masked tensor that train, drawn at random; None: all of
+    them, until ``molora.mask_by_magnitude``."""
+    projection_prng_key: int | None = pydantic.Field(default=None, ge=0)
+    """Seed of the seeded tensors; None is 0."""
+
+    @pydantic.field_validator("shared", "trainability")
+    @classmethod
+    def _names_tensors(cls, value: Any) -> Any:
+        unknown = [name for name in value if name not in cls.TENSORS]
+        if unknown:
+            raise ValueError(
+                f"there is no tensor {unknown[0]!r}; there are {', '.join(cls.TENSORS)}"
+            )
+        if isinstance(value, list) and len(set(value)) < len(value):
+            raise ValueError("a tensor is listed twice")
+        return value
+
+    @pydantic.field_validator("shared")
+    @classmethod
+    def _names_scopes(cls, value: list[str] | dict[str, str]) -> Any:
+        for scope in value.values() if isinstance(value, dict) else ():
+            if scope not in get_args(Scope):
+                raise ValueError(
+                    f"there is no scope {scope!r}; there are "
+                    f"{', '.join(get_args(Scope))}"
+                )
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _sharing_means_something(self) -> Self:
+        scopes = self.scopes()
+        several = self.num_experts > 1 or set(scopes.values()) == {"experts"}
+        if len(scopes) == len(self.tensors()) and several:
+            raise ValueError(
+                f"shared: experts that share {' and '.join(scopes)} would all be the "
+                "same expert; leave one of them out"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _trains_something(self) -> Self:
+        kinds = set(self.trainability.values())
+        for name, kind in self.trainability.items():
+            zero = name in self.zero_tensors()
+            if kind == "masked" and not zero:
+                raise ValueError(
+                    f"trainability: {name} starts at random values, and a mask keeps "
+                    "what it hides at zero; mask "
+                    f"{' or '.join(self.zero_tensors())}"
+                )
+            if kind != "masked" and zero:
+                raise ValueError(
+                    f"trainability: {name} starts at zero; {kind} it would stay there, "
+                    "and the update with it, whatever else is trained"
+                )
+        if self.density is not None and "masked" not in kinds:
+            raise ValueError("density: no tensor is masked, so nothing reads it")
+        if self.projection_prng_key is not None and "seeded" not in kinds:
+            raise ValueError(
+                "projection_prng_key: no tensor is seeded, so nothing reads it"
+            )
+        return self
+
+    def scopes(self) -> dict[str, str]:
+        """Scope of every shared tensor."""
+        if isinstance(self.shared, dict):
+            return self.shared
+        return dict.fromkeys(self.shared, "experts")
+
+    def tensors(self) -> tuple[str, ...]:
+        """Tensors that there are with these settings."""
+        return tuple(self.TENSORS)
+
+    def zero_tensors(self) -> tuple[str, ...]:
+        """Tensors that start at zero."""
+        return self.ZERO
+
+
+class Place(NamedTuple):
+    """Where a tensor that is not a layer's own is kept and drawn from."""
+
+    path: str
+    """The layer that reads it."""
+    owner: "tuple[str, FactorExperts] | None"
+    """The layer that keeps it, if it is another one."""
+    features: int
+    """Largest I or O of the layers that share it."""
+    generator: torch.Generator
+    """Source of its initial values."""
+
+
+class FactorExperts(BilinearExperts):
+    """Bilinear experts whose tensors can be shared and kept from training.
+
+    A family calls ``add`` for every tensor in its constructor, and reads ``value`` in
+    ``factors``.
+
+    Args:
+        config: Settings.
+        in_features: I.
+        out_features: O.
+        generator: Source of the initial values.
+        places: Of the tensors that layers share or that are seeded, by name.
+    """
+
+    config: FactorConfig
+
+    def __init__(
+        self,
+        config: FactorConfig,
+        *,
+        in_features: int,
+        out_features: int,
+        generator: torch.Generator,
+        places: Mapping[str, Place] | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.num_experts = config.num_experts
+        self.lora_dropout = config.lora_dropout
+        self.places = dict(places or {})
+        self._sizes = {"in": in_features, "out": out_features}
+        self._generator = generator
+        self._widths: dict[str, int] = {}
+        # in a dict: the owner is no part of this module
+        self._owners: dict[str, FactorExperts] = {}
+
+    def features(self, name: str) -> int:
+        """I or O of the widest layer that reads a tensor."""
+        if name in self.places:
+            return self.places[name].features
+        return self._sizes[self.config.TENSORS[name]]
+
+    def add(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        draw: Draw | None = None,
+        whole: int | None = None,
+    ) -> None:
+        """Make a tensor [E or 1, *shape], or take that of the layer that owns it.
+
+        Args:
+            name: Its name in the settings.
+            shape: What one expert of this layer reads.
+            draw: Fills it with initial values; None is zeros.
+            whole: Last size that is stored; None is that of the widest layer.
+
+        Raises:
+            WrapError: The owner's tensor has another shape.
+        """
+        config, place = self.config, self.places.get(name)
+        stack = 1 if name in config.scopes() else self.num_experts
+        self._widths[name] = shape[-1]
+        if whole is None:
+            whole = shape[-1]
+            if config.TENSORS[name] != "rank":
+                whole = self.features(name)
+        size = (stack, *shape[:-1], whole)
+        if place is not None and place.owner is not None:
+            self._owners[name] = _checked(name, size, place)
+            return
+        values = torch.zeros(size)
+        generator = self._generator
+        if place is not None:
+            generator = place.generator
+        elif config.trainability.get(name) == "seeded":
+            key = config.projection_prng_key or 0
+            generator = torch.Generator().manual_seed(key)
+        if draw is not None:
+            draw(values, generator)
+        self._keep(name, values, generator)
+
+    def _keep(self, name: str, values: Tensor, generator: torch.Generator) -> None:
+        """Store a tensor as its trainability asks."""
+        attribute, kind = _attribute(name), self.config.trainability.get(name)
+        if kind == "seeded":
+            self.register_buffer(attribute, values, persistent=False)
+            return
+        setattr(self, attribute, nn.Parameter(values))
+        if kind == "frozen":
+            self.frozen = (*self.frozen, attribute)
+        if kind == "masked":
+            mask = torch.ones(values.shape, dtype=torch.bool)
+            if self.config.density is not None:
+                kept = max(1, round(self.config.density * mask.numel()))
+                order = torch.randperm(mask.numel(), generator=generator)
+                mask.view(-1)[order[kept:]] = False
+            self.register_buffer(f"mask_{attribute}", mask)
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor that this layer owns, as wide as it is stored, under its mask."""
+        values: Tensor = getattr(self, _attribute(name))
+        if self.config.trainability.get(name) != "masked":
+            return values
+        masked: Tensor = values * getattr(self, f"mask_{_attribute(name)}")
+        return masked
+
+    def value(self, name: str) -> Tensor:
+        """A tensor as this layer reads it, [E or 1, ...]."""
+        whole = self._owners.get(name, self).whole(name)
+        width = self._widths[name]
+        return whole if whole.shape[-1] == width else whole[..., :width]
+
+    def masked(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Parameter and mask of every masked tensor that this layer owns."""
+        kinds = self.config.trainability
+        return {
+            name: (
+                getattr(self, _attribute(name)),
+                getattr(self, f"mask_{_attribute(name)}"),
+            )
+            for name in self.config.TENSORS
+            if kinds.get(name) == "masked" and name not in self._owners
+        }
+
+    def count(self) -> int:
+        """See base class; a tensor that layers share counts where it is owned."""
+        kinds = self.config.trainability
+        masks = sum(int(mask.sum()) for _, mask in self.masked().values())
+        return masks + sum(
+            self._size(name)
+            for name in self._widths
+            if name not in self._owners and name not in kinds
+        )
+
+    def _size(self, name: str) -> int:
+        """Number of values of a tensor that this layer owns."""
+        return self.whole(name).numel()
+
+
+def uniform(fan_in: int, gain: float = 1.0) -> Draw:
+    """U(-b, b) with b = gain / sqrt(fan_in); gain 1 is Kaiming with a = sqrt(5)."""
+    bound = float(gain / fan_in**0.5)
+
+    def draw(values: Tensor, generator: torch.Generator) -> object:
+        return values.uniform_(-bound, bound, generator=generator)
+
+    return draw
+
+
+def normal(std: float) -> Draw:
+    """N(0, std^2)."""
+
+    def draw(values: Tensor, generator: torch.Generator) -> object:
+        return values.normal_(0, std, generator=generator)
+
+    return draw
+
+
+def with_middle(A: Tensor, Bt: Tensor, diagonal_Er: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold diag(d_e) between B and A into the factor that costs least.
+
+    A factor that the experts share stays shared if the other one is not; if both are, A
+    stays shared.
+
+    Args:
+        A: [E or 1, r, I].
+        Bt: [E or 1, r, O].
+        diagonal_Er: [E or 1, r].
+    """
+    alike = len(A) == len(Bt) == len(diagonal_Er)
+    into_a = len(A) > len(Bt) or (alike and A.shape[2] < Bt.shape[2])
+    if into_a:
+        return diagonal_Er.unsqueeze(-1) * A, Bt
+    return A, diagonal_Er.unsqueeze(-1) * Bt
+
+
+def _attribute(name: str) -> str:
+    """B is stored transposed, as the kernels read it."""
+    return "Bt" if name == "B" else name
+
+
+def _checked(name: str, size: tuple[int, ...], place: Place) -> FactorExperts:
+    """The owner of a tensor, if it is the one that a layer needs."""
+    assert place.owner is not None
+    path, owner = place.owner
+    there = tuple(owner.whole(name).shape)
+    if there != size:
+        raise WrapError(
+            f"sites {path!r} and {place.path!r} share {name} (experts.shared), which "
+            f"has the shape {there} there and {size} here; give both the same rank"
+        )
+    return owner

@@ -1,0 +1,175 @@
+"""Which layers of a model share which tensors of their experts; see experts/factors.py.
+
+Legend: I in features   O out features
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from molora.config import SiteConfig
+from molora.errors import WrapError
+from molora.experts import AbstractExperts, FactorConfig, FactorExperts, Place
+from molora.layer import sizes
+
+Group = tuple[str, str, str, str]
+"""Kind of experts, tensor, scope, and what the layers have in common in their path."""
+
+
+def generator_of(seed: int, path: str) -> torch.Generator:
+    """Generator seeded by the seed and the module path."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class Sharing:
+    """The tensors that several layers of a model share, while its banks are made.
+
+    Args:
+        targets: Target layers by path, in model order.
+        settings: Theirs.
+        seed: Seed of the initial values.
+
+    Raises:
+        WrapError: Layers that share a tensor differ in what it is, stand on different
+            devices, or a target belongs to no numbered layer.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, nn.Module],
+        settings: Mapping[str, SiteConfig],
+        seed: int,
+    ):
+        self.settings, self.seed = settings, seed
+        self.features: dict[Group, int] = {}
+        self.owners: dict[Group, tuple[str, FactorExperts]] = {}
+        self._sizes = {path: sizes(base) for path, base in targets.items()}
+        self._seeded: dict[tuple[str, ...], torch.Generator] = {}
+        first: dict[Group, str] = {}
+        for path, base in targets.items():
+            for name, group in self._groups(path).items():
+                before = first.setdefault(group, path)
+                _check_same(name, before, path, settings)
+                _check_device(name, before, path, targets[before], base)
+                wide = max(self.features.get(group, 0), self._own(path, name))
+                self.features[group] = wide
+
+    def places(self, path: str) -> dict[str, Place]:
+        """Of the tensors of a layer that are shared with others or seeded.
+
+        Args:
+            path: Module path of the layer; those before it in the model are made.
+        """
+        config = self.settings[path].experts
+        if not isinstance(config, FactorConfig):
+            return {}
+        groups, found = self._groups(path), {}
+        for name in config.TENSORS:
+            group = groups.get(name)
+            seeded = config.trainability.get(name) == "seeded"
+            if group is None and not seeded:
+                continue
+            if seeded:
+                generator = self._seeded_generator(config, name, path, group)
+            else:
+                generator = generator_of(self.seed, ":".join(group or ()))
+            found[name] = Place(
+                path,
+                None if group is None else self.owners.get(group),
+                self._own(path, name) if group is None else self.features[group],
+                generator,
+            )
+        return found
+
+    def made(self, path: str, experts: AbstractExperts) -> None:
+        """Note a bank, which owns what no layer before it did."""
+        for group in self._groups(path).values():
+            assert isinstance(experts, FactorExperts)
+            self.owners.setdefault(group, (path, experts))
+
+    def _groups(self, path: str) -> dict[str, Group]:
+        """Group of every tensor that a layer shares with others."""
+        config = self.settings[path].experts
+        if not isinstance(config, FactorConfig):
+            return {}
+        return {
+            name: (config.kind, name, scope, _common(path, scope))
+            for name, scope in config.scopes().items()
+            if scope != "experts"
+        }
+
+    def _own(self, path: str, name: str) -> int:
+        """I or O of a layer, or 0 for a tensor along the rank."""
+        config = self.settings[path].experts
+        assert isinstance(config, FactorConfig)
+        wide_in, wide_out = self._sizes[path]
+        return {"in": wide_in, "out": wide_out, "rank": 0}[config.TENSORS[name]]
+
+    def _seeded_generator(
+        self, config: FactorConfig, name: str, path: str, group: Group | None
+    ) -> torch.Generator:
+        """One for all tensors of a group, which draw from it one after the other."""
+        key = config.projection_prng_key or 0
+        where = ("", path) if group is None else group[2:]
+        index = (str(key), config.kind, *where)
+        if index not in self._seeded:
+            # for the whole model as PEFT does for VeRA
+            self._seeded[index] = (
+                torch.Generator().manual_seed(key)
+                if where == ("model", "")
+                else generator_of(key, where[1])
+            )
+        return self._seeded[index]
+
+
+def _common(path: str, scope: str) -> str:
+    """What the paths of the layers of one group have in common.
+
+    Raises:
+        WrapError: The path names no layer.
+    """
+    parts = path.split(".")
+    if scope == "model":
+        return ""
+    if scope == "type":
+        return ".".join("*" if part.isdigit() else part for part in parts)
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if number is None:
+        raise WrapError(
+            f"experts.shared: target {path!r} belongs to no numbered layer, so it "
+            "shares nothing with the scope layer; add it to exclude_modules"
+        )
+    return ".".join(parts[: number + 1])
+
+
+def _check_same(
+    name: str, first: str, path: str, settings: Mapping[str, SiteConfig]
+) -> None:
+    """Refuse layers that would train one tensor in different ways."""
+    one, two = settings[first].experts, settings[path].experts
+    assert isinstance(one, FactorConfig) and isinstance(two, FactorConfig)
+    for field, mine, theirs in (
+        ("trainability", two.trainability.get(name), one.trainability.get(name)),
+        ("density", two.density, one.density),
+        ("projection_prng_key", two.projection_prng_key, one.projection_prng_key),
+    ):
+        if mine != theirs:
+            raise WrapError(
+                f"sites {first!r} and {path!r} share {name} (experts.shared) and have "
+                f"different settings of {field}; give them the same"
+            )
+
+
+def _check_device(
+    name: str, first: str, path: str, one: nn.Module, two: nn.Module
+) -> None:
+    devices = [base.get_parameter("weight").device for base in (one, two)]
+    if devices[0] != devices[1]:
+        raise WrapError(
+            f"sites {first!r} on {devices[0]} and {path!r} on {devices[1]} share "
+            f"{name} (experts.shared), which can be on one device; put the model on "
+            "one, or use a narrower scope"
+        )

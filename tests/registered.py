@@ -65,7 +65,16 @@ def router_settings(kind: str, **given: Any) -> dict[str, Any]:
     return _settings(ROUTERS, kind, given)
 
 
-FAMILIES: dict[str, dict[str, Any]] = {"oft": {"oft_block_size": 4}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "oft": {"oft_block_size": 4},
+    "sparse": {"density": 0.2, "exact": True},
+    "sum": {
+        "parts": [
+            {"kind": "lora", "r": 2},
+            {"kind": "sparse", "density": 0.2, "exact": True},
+        ]
+    },
+}
 """Settings that a family needs on small layers."""
 
 

@@ -68,8 +68,13 @@ def router_settings(kind: str, **given: Any) -> dict[str, Any]:
 FAMILIES: dict[str, dict[str, Any]] = {
     "boft": {"boft_block_size": 4},
     "oft": {"oft_block_size": 4},
-    "sparse": {"r": 1},
-    "sum": {"parts": [{"kind": "lora", "r": 2}, {"kind": "sparse", "r": 1}]},
+    "sparse": {"density": 0.2, "exact": True},
+    "sum": {
+        "parts": [
+            {"kind": "lora", "r": 2},
+            {"kind": "sparse", "density": 0.2, "exact": True},
+        ]
+    },
 }
 """Settings that a family needs on small layers."""
 

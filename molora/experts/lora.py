@@ -24,6 +24,7 @@ from torch import Tensor
 from molora.errors import WrapError
 from molora.experts.base import EXPERTS
 from molora.experts.factor_config import FactorConfig
+from molora.experts.factors import FactorExperts, Place, uniform
 from molora.experts.start import (
     StartedExperts,
     check_init,

@@ -92,7 +92,7 @@ class ArrowRouter(AbstractRouter):
         """Unit vectors v_e, [E, I]; zero for an expert that is zero."""
         A, Bt, _ = self._experts[0].factors()
         # the factors may be made anew each time; these are kept, so no id comes twice
-        key = [(p, p._version, p.dtype) for p in self._experts[0].parameters()]
+        key = [(p, p._version, p.dtype) for p in self._experts[0].sources()]
         if self._known is None or not _same(self._known[0], key) or self.training:
             # autocast would round the products
             with torch.autocast(A.device.type, enabled=False):
@@ -101,7 +101,7 @@ class ArrowRouter(AbstractRouter):
 
 
 def _same(before: list[Any], now: list[Any]) -> bool:
-    """Whether these are the same parameters, unchanged."""
+    """Whether these are the same tensors, unchanged."""
     return len(before) == len(now) and all(
         a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, now, strict=True)
     )

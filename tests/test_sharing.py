@@ -152,15 +152,24 @@ def test_one_optimizer_step_moves_what_layers_share_once(tiny_llama: Factory) ->
 
 
 def test_values_depend_on_the_seed_and_the_group_alone(tiny_llama: Factory) -> None:
-    one = molora.wrap(tiny_llama(), config(shared={"A": "type"}), seed=3)
-    raw = config(shared={"A": "type"}).to_dict() | {"target_modules": ["k_proj"]}
-    two = molora.wrap(tiny_llama(), molora.AdapterConfig.from_dict(raw), seed=3)
+    def wrap(seed: int, *targets: str) -> Any:
+        raw = config(shared={"A": "model"}).to_dict()
+        raw["target_modules"] = list(targets)
+        return molora.wrap(tiny_llama(), molora.AdapterConfig.from_dict(raw), seed=seed)
+
+    one, two = wrap(3, *TARGETS), wrap(3, "k_proj", "down_proj")
     theirs = adapter_parameters(one)
-    for name, value in adapter_parameters(two).items():
-        assert torch.equal(value, theirs[name]), name
-    three = molora.wrap(tiny_llama(), config(shared={"A": "type"}), seed=4)
-    a = next(n for n in adapter_parameters(one) if n.endswith(".A"))
-    assert not torch.equal(theirs[a], adapter_parameters(three)[a])
+    common = adapter_parameters(two).keys() & theirs.keys()
+    # Bt and the router of four layers; another layer owns A there
+    assert len(common) == 2 * 4
+    for name in common:
+        assert torch.equal(adapter_parameters(two)[name], theirs[name]), name
+    a = [s.experts.value("A") for s in sites(one).values()][1:3]  # type: ignore
+    b = [s.experts.value("A") for s in sites(two).values()][:2]  # type: ignore
+    c = [s.experts.value("A") for s in sites(wrap(4, *TARGETS)).values()][1:3]  # type: ignore
+    for mine, other, third in zip(a, b, c, strict=True):
+        assert torch.equal(mine, other)
+        assert not torch.equal(mine, third)
 
 
 def test_frozen_is_saved_and_seeded_is_not(tiny_llama: Factory, tmp_path: Path) -> None:
@@ -330,3 +339,22 @@ def test_growing_refuses_a_fixed_number_of_experts(tiny_llama: Factory) -> None:
     assert trained and not any(".A." in name for name in trained)
     for path, site in sites(model).items():
         assert torch.equal(site.experts.value("A")[:E], old[f"{path}.experts.A"])  # type: ignore
+
+
+def test_a_router_that_reads_factors_sees_those_of_the_owner_change() -> None:
+    layers = [torch.nn.Linear(12, 10) for _ in range(2)]
+    raw = {
+        "target_modules": ["0", "1"],
+        "experts": {"kind": "lora", "num_experts": E, "r": R, "shared": {"A": "model"}},
+        "router": {"kind": "arrow", "top_k": 1},
+    }
+    model: Any = torch.nn.Sequential(*layers)
+    molora.wrap(model, molora.AdapterConfig.from_dict(raw)).eval()
+    randomised(model)
+    owner, follower = sites(model).values()
+    before = follower.router.directions().clone()  # type: ignore[union-attr, operator]
+    assert torch.equal(follower.router.directions(), before)  # type: ignore
+    with torch.no_grad():
+        owner.experts.A.copy_(torch.randn(1, R, 12))  # type: ignore[operator]
+    after = follower.router.directions()  # type: ignore[union-attr, operator]
+    assert (after - before).abs().max() > 0.1

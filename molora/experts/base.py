@@ -188,6 +188,10 @@ class BilinearExperts(AbstractExperts):
     def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return A [E or 1, r, I], Bt [E or 1, r, O], scale (number or [E])."""
 
+    def sources(self) -> list[Tensor]:
+        """Every tensor that the factors are made of, for who keeps what they gave."""
+        return [*self.parameters(), *self.buffers()]
+
     def forward(
         self,
         x: Tensor,

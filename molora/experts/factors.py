@@ -15,7 +15,8 @@ optimizer and a checkpoint see each tensor once.
 ``trainability`` says what may change it:
 
     frozen    drawn once, saved, never trained (LoRA-FA, LoRI)
-    seeded    drawn from projection_prng_key, not saved, drawn again (VeRA)
+    seeded    drawn from projection_prng_key, not saved, drawn again (VeRA); another
+              version of torch may draw other values
     masked    the entries of a fixed mask train, the others stay zero (LoRI)
 
 Shape legend: see base.py.
@@ -164,6 +165,11 @@ class FactorExperts(BilinearExperts):
         whole = self._owners.get(name, self).whole(name)
         width = self._widths[name]
         return whole if whole.shape[-1] == width else whole[..., :width]
+
+    def sources(self) -> list[Tensor]:
+        """See base class; tensors of other layers too."""
+        owners = [owner.sources() for owner in self._owners.values()]
+        return [*super().sources(), *(part for found in owners for part in found)]
 
     def masked(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Parameter and mask of every masked tensor that this layer owns."""

@@ -5,7 +5,9 @@
 
 A is drawn per expert from U(-1/sqrt(I), 1/sqrt(I)), which is what Kaiming
 initialisation with a = sqrt(5) gives one expert; B is zero. ``shared: [A]`` keeps one A
-for all experts (HydraLoRA, Tian et al. 2024, arXiv:2404.19245), ``shared: [B]`` one B.
+for all experts (HydraLoRA, Tian et al. 2024, arXiv:2404.19245), ``shared: [B]`` one B;
+``trainability: {A: frozen}`` is LoRA-FA (Zhang et al. 2023, arXiv:2308.03303), with B
+masked LoRI (Zhang et al. 2025, arXiv:2504.07448). See factors.py.
 
 Experts of different rank are stored padded to the largest: the padding rows of A and B
 are zero, and stay zero under any optimiser whose update of a zero parameter with a zero

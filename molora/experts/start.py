@@ -48,7 +48,7 @@ def check_init(init: bool | str) -> bool | str:
         why = {
             False: "A random B would change the model before it is trained. ",
             "goat": "GOAT is a family of its own, experts.kind goat. ",
-            "loftq": "LoftQ changes the base, which a bank never does. ",
+            "loftq": "LoftQ needs the weight before it was quantised: molora.loftq. ",
         }.get(init, "")
         raise ValueError(
             f"{why}There are true (kaiming), gaussian, orthogonal, pissa, "

@@ -13,8 +13,9 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 demo: $(READY)
 	$(BIN)/molora demo
 
+# one process per core, up to four
 test: browser lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # the page of molora routes --html is tested in Chromium
 browser:

@@ -16,13 +16,14 @@ from molora.loftq import loftq as loftq
 from molora.loftq import loftq_factors as loftq_factors
 from molora.loftq import nf4 as nf4
 from molora.masks import mask_by_magnitude as mask_by_magnitude
+from molora.merging import merge as merge
+from molora.merging import merge_costs as merge_costs
+from molora.merging import unmerge as unmerge
 from molora.model import after_optimizer_step as after_optimizer_step
 from molora.model import disabled as disabled
-from molora.model import merge as merge
 from molora.model import prompts as prompts
 from molora.model import record_routing as record_routing
 from molora.model import tasks as tasks
-from molora.model import unmerge as unmerge
 from molora.model import unwrap as unwrap
 from molora.model import wrap as wrap
 

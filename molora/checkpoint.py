@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from molora.atomic import atomic_folder
 from molora.config import AdapterConfig
+from molora.continuing import continued
 from molora.errors import CheckpointError, ConfigError, WrapError
+from molora.filling import check_routers, fill, is_finite
 from molora.fingerprint import (
     Fingerprint,
     differences,
@@ -31,6 +31,7 @@ from molora.manifest import CARD, CONFIG, TENSORS, write_json
 from molora.manifest import write_manifest as write_manifest
 from molora.model import check_wrappable, sites, unwrap, wrap
 from molora.model_card import is_generated, model_card
+from molora.quantized import known_weight
 from molora.saved import AdapterFile, SavedAdapter, read_adapter
 from molora.saved import newest_valid as newest_valid
 from molora.saved import verify as verify
@@ -118,7 +119,7 @@ def write_adapter(
     file = AdapterFile(
         base_model_name_or_path=base,
         adapter=config.to_dict(),
-        base=fingerprint(model, {p: site.base_weight() for p, site in found.items()}),
+        base=fingerprint(model, {p: site.known_weight() for p, site in found.items()}),
     )
     write_json(folder / CONFIG, file.to_dict())
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -130,6 +131,8 @@ def load(
     folder: str | Path,
     trainable: bool = False,
     allow_base_mismatch: bool = False,
+    *,
+    router: Mapping[str, Any] | None = None,
 ) -> M:
     """Wrap a base model with a saved adapter.
 
@@ -137,37 +140,75 @@ def load(
     anything is wrong, the base is as it was. Train or eval mode is not changed.
 
     Args:
-        base_model: The model that the adapter was trained on, in any floating dtype.
+        base_model: The model that the adapter was trained on, in any floating dtype,
+            quantised or not.
         folder: What ``save_pretrained`` wrote, or a trainer's checkpoint.
         trainable: Leave trainable what the adapter's config says is trained.
         allow_base_mismatch: Accept a base with other weights or config, for example a
             further trained one. Its layers must still have the same shapes.
+        router: Settings of the routers to replace; see ``continued``. Another kind must
+            have parameters of the same names and shapes: vectors learned with kind
+            ``sigmoid`` are used with ``{"kind": "phatgoose"}``.
 
     Returns:
         The same object.
 
     Raises:
         CheckpointError: The folder is missing, damaged, of a newer format, no molora
-            adapter, or belongs to another base.
+            adapter, or belongs to another base; or the other kind of router has other
+            parameters.
+        ConfigError: A wrong setting of the router.
         WrapError: The base is wrapped already or cannot be wrapped.
     """
     check_wrappable(base_model)
     saved = read_adapter(Path(folder))
+    config = saved.config
+    if router is not None:
+        config = continued(config, {"router": router}, str(folder))
+    return _wrapped(base_model, saved, config, trainable, allow_base_mismatch)
+
+
+def start_from(base_model: M, folder: str | Path, config: AdapterConfig) -> M:
+    """Wrap a base model with a saved adapter, to train it on with other settings.
+
+    Args:
+        base_model: The model that the adapter was trained on.
+        folder: What ``save_pretrained`` wrote.
+        config: Its settings, changed by ``continued``.
+
+    Raises:
+        CheckpointError, WrapError: See ``load``.
+    """
+    check_wrappable(base_model)
+    return _wrapped(base_model, read_adapter(Path(folder)), config, True, False)
+
+
+def _wrapped(
+    base_model: M,
+    saved: SavedAdapter,
+    config: AdapterConfig,
+    trainable: bool,
+    allow_base_mismatch: bool,
+) -> M:
+    """Wrap with a config and fill; whatever is raised, the base is as it was."""
+    folder = saved.source.parent
     try:
         targets = find_targets(base_model, saved.config)
     except WrapError as error:
         raise CheckpointError(
             f"{folder}: does not fit this base: {error}. Load {_base_of(saved)}"
         ) from None
-    weights = {p: module.get_parameter("weight") for p, module in targets.items()}
+    weights = {path: known_weight(layer) for path, layer in targets.items()}
     _check_base(saved, fingerprint(base_model, weights), allow_base_mismatch)
     with contextlib.ExitStack() as undo:
-        wrap(base_model, saved.config)
+        wrap(base_model, config)
         undo.callback(unwrap, base_model)
-        _fill(base_model, saved)
+        if config.router != saved.config.router:
+            check_routers(base_model, saved)
+        fill(base_model, saved)
         undo.pop_all()
     for site in sites(base_model).values():
-        set_trainable(site, saved.config.train, trainable)
+        set_trainable(site, config.train, trainable)
     return base_model
 
 
@@ -202,9 +243,9 @@ def load_adapter_state(
             f"{folder}: saved with another adapter config ({told}). Wrap the model as "
             "it was, or use molora.load on a plain base"
         )
-    weights = {path: site.base_weight() for path, site in found.items()}
+    weights = {path: site.known_weight() for path, site in found.items()}
     _check_base(saved, fingerprint(model, weights), allow_base_mismatch)
-    _fill(model, saved)
+    fill(model, saved)
 
 
 def _tensors(
@@ -221,7 +262,7 @@ def _tensors(
         )
     tensors = {name: source[name].detach().cpu().contiguous() for name in names}
     for name, tensor in tensors.items():
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise CheckpointError(
                 f"{name} holds NaN or infinity, so nothing was saved; what was saved "
                 "before is still there. Lower the learning rate"
@@ -258,43 +299,3 @@ def _check_base(saved: SavedAdapter, present: Fingerprint, allowed: bool) -> Non
             f"{where}: was trained on another base: {'; '.join(other)}. {advice}, or "
             "force it with allow_base_mismatch=True"
         )
-
-
-def _fill(model: nn.Module, saved: SavedAdapter) -> None:
-    """Copy tensors into parameters; all are checked before any is changed."""
-    parameters = adapter_tensors(model)
-    tensors = saved.tensors
-    missing = sorted(parameters.keys() - tensors.keys())
-    if missing:
-        raise CheckpointError(f"{saved.source}: lacks {shortened(missing)}")
-    unexpected = sorted(tensors.keys() - parameters.keys())
-    if unexpected:
-        raise CheckpointError(
-            f"{saved.source}: holds what this adapter has no place for: "
-            f"{shortened(unexpected)}"
-        )
-    for name, parameter in parameters.items():
-        wrong = _unfit(tensors[name], parameter)
-        if wrong:
-            raise CheckpointError(f"{saved.source}: {name} {wrong}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-
-
-def _unfit(tensor: Tensor, parameter: Tensor) -> str:
-    """Why a tensor cannot become a parameter, or nothing."""
-    if tensor.shape != parameter.shape:
-        shapes = tuple(tensor.shape), tuple(parameter.shape)
-        return f"has the shape {shapes[0]} instead of {shapes[1]}"
-    wider = torch.promote_types(tensor.dtype, parameter.dtype) != parameter.dtype
-    if wider or tensor.is_floating_point() != parameter.is_floating_point():
-        return f"is {tensor.dtype}, which {parameter.dtype} cannot hold"
-    if not _is_finite(tensor):
-        return "holds NaN or infinity"
-    return ""
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # numpy takes one thread: hundreds of short parallel loops crawl on a busy machine
-    return bool(np.isfinite(tensor.float().numpy()).all())

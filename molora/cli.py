@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from molora import cli_upcycle
+from molora.cli_arguments import Adapter, ConfigFile, Overrides, read_run
 from molora.errors import ConfigError, MoloraError
 
 if TYPE_CHECKING:
@@ -25,21 +27,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG.yaml", help="The run.", show_default=False)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Settings to replace, for example data.tasks.0.weight=2.",
-        show_default=False,
-    ),
-]
-Adapter = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the adapter.", show_default="<output_dir>/adapter"),
-]
 Single = Annotated[
     Path | None,
     typer.Option(
@@ -93,7 +80,7 @@ def train(
     ] = False,
 ) -> None:
     """Train the mixture and save it in <output_dir>/adapter."""
-    run = _read(config, overrides)
+    run = read_run(config, overrides)
     from molora.commands import training
 
     training.train(run, resume)
@@ -107,7 +94,7 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Score a trained adapter on every task."""
-    run = _read(config, overrides)
+    run = read_run(config, overrides)
     from molora.commands import training
 
     training.evaluate(run, adapter or run.output_dir / "adapter", json)
@@ -129,7 +116,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
 ) -> None:
     """Answer prompts, or standard input as one."""
-    run = _read(config, overrides)
+    run = read_run(config, overrides)
     from molora.commands import inference
 
     inference.generate(
@@ -171,7 +158,7 @@ def routes(
     json: Json = None,
 ) -> None:
     """Show which experts tokens, tasks and layers use."""
-    run = _read(config, overrides)
+    run = read_run(config, overrides)
     from molora.commands import inference
 
     inference.routes(
@@ -198,7 +185,7 @@ def collapse(
     ] = None,
 ) -> None:
     """Turn the mixture into one adapter."""
-    run = _read(config, overrides)
+    run = read_run(config, overrides)
     from molora.commands import deploy
 
     folder = run.output_dir
@@ -214,12 +201,20 @@ def merge(
         Path | None,
         typer.Option(help="Folder to write.", show_default="<output_dir>/merged"),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of a quantised base to add to: dequantised or original.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a plain model with the adapter folded in."""
-    run = _read(config, overrides)
+    run = read_run(config, overrides)
     from molora.commands import deploy
 
-    deploy.merge(run, _single(run, adapter), output or run.output_dir / "merged")
+    folder = output or run.output_dir / "merged"
+    deploy.merge(run, _single(run, adapter), folder, base)
 
 
 @app.command(epilog="Example: molora export run.yaml --output peft_adapter")
@@ -241,7 +236,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a one-expert adapter in PEFT's format of its method, or as a LoRA."""
-    run = _read(config, overrides)
+    run = read_run(config, overrides)
     from molora.commands import deploy
 
     deploy.export(run, _single(run, adapter), output or run.output_dir / "peft", rank)
@@ -271,7 +266,7 @@ def validate(
     ] = False,
 ) -> None:
     """Check every setting, file and row of a run."""
-    run = _read(config, overrides)
+    run = read_run(config, overrides)
     from molora.commands import show
 
     show.validate(run, deep)
@@ -289,7 +284,7 @@ def clusters(
     json: Json = None,
 ) -> None:
     """Choose the number of experts by k-means over the training rows."""
-    run = _read(config, overrides)
+    run = read_run(config, overrides)
     from molora.commands import clusters as command
 
     command.clusters(run, rule, largest, rows, json)
@@ -327,6 +322,8 @@ def demo(
     run_demo(output, settings)
 
 
+app.add_typer(cli_upcycle.app)
+
 kernels = typer.Typer(help="The Triton kernels.", no_args_is_help=True)
 app.add_typer(kernels, name="kernels")
 
@@ -354,12 +351,6 @@ def _standard_input() -> str:
     if sys.stdin.isatty():
         typer.echo("Type the prompt, then end of file (Ctrl-D):", err=True)
     return sys.stdin.read().rstrip("\n")
-
-
-def _read(config: Path, overrides: list[str] | None) -> "RunConfig":
-    from molora.run_config import load_run_config
-
-    return load_run_config(config, overrides or [])
 
 
 def _single(run: "RunConfig", adapter: Path | None) -> Path:

@@ -6,6 +6,10 @@ Rounding goes to the nearest, ties to even, as loading does: float32 weights rou
 here equal the same file loaded as bfloat16. A base stored in float32 and loaded as
 bfloat16 on one side and as float16 on the other agrees in neither.
 
+Of a quantised layer the shape alone is known: what its values round to depends on the
+device and the dtype. There the input embedding tells, which quantisation leaves alone;
+so an adapter goes with its base in every quantisation, and with none.
+
 A sample cannot tell two bases apart that differ in few values; it tells a fine-tuned
 base from its parent, and any two that were trained apart.
 """
@@ -38,10 +42,10 @@ class SitePrint(Schema):
 
     shape: list[int]
     """As the layer stores it."""
-    bfloat16: str
-    """Checksum of the sample in bfloat16."""
-    float16: str
-    """Checksum of the sample in float16."""
+    bfloat16: str | None
+    """Checksum of the sample in bfloat16; None for a quantised layer."""
+    float16: str | None
+    """Checksum of the sample in float16; None for a quantised layer."""
 
 
 class Fingerprint(Schema):
@@ -51,6 +55,9 @@ class Fingerprint(Schema):
     """Config fields that say what the base computes."""
     sites: dict[str, SitePrint]
     """Target layers by module path."""
+    embedding: SitePrint | None = None
+    """The input embedding, where there is one; the only tensor that is compared where
+    a layer is quantised."""
 
 
 def fingerprint(model: nn.Module, weights: Mapping[str, Tensor]) -> Fingerprint:
@@ -58,12 +65,15 @@ def fingerprint(model: nn.Module, weights: Mapping[str, Tensor]) -> Fingerprint:
 
     Args:
         model: The base, wrapped or not; its ``config`` is read if it has one.
-        weights: Weight of each target layer before any merge, by module path.
+        weights: Weight of each target layer before any merge, by module path; without
+            values, on the meta device, where it is quantised.
     """
+    embedding = _embedding(model)
     to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
     return Fingerprint(
         config=json.loads(json.dumps(_essential(to_dict()), default=str)),
         sites={path: _site(weight) for path, weight in weights.items()},
+        embedding=None if embedding is None else _site(embedding),
     )
 
 
@@ -97,18 +107,30 @@ def differences(saved: Fingerprint, present: Fingerprint) -> list[str]:
     """
     told = _config_differences(saved.config, present.config, "config.")
     old, new = saved.sites, present.sites
-    other = [
-        path
-        for path in old
-        if old[path].bfloat16 != new[path].bfloat16
-        and old[path].float16 != new[path].float16
-    ]
+    shapes_only = [p for p in old if None in (old[p].bfloat16, new[p].bfloat16)]
+    other = [p for p in old if p not in shapes_only and _differ(old[p], new[p])]
     if other:
         told.append(
             f"{len(other)} of {len(old)} target layers have other weights: "
             f"{shortened(other)}"
         )
+    if shapes_only:
+        told += _embedding_differences(saved.embedding, present.embedding)
     return told
+
+
+def _embedding_differences(old: SitePrint | None, new: SitePrint | None) -> list[str]:
+    if old is None and new is not None:
+        return [
+            "target layers are quantised, and the adapter was saved by a version that "
+            "did not note the input embedding, which could be compared instead"
+        ]
+    same = old == new or (old and new and not _differ(old, new))
+    return [] if same else ["the input embedding is another one"]
+
+
+def _differ(one: SitePrint, other: SitePrint) -> bool:
+    return one.bfloat16 != other.bfloat16 and one.float16 != other.float16
 
 
 def shortened(names: Sequence[str]) -> str:
@@ -117,7 +139,19 @@ def shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
+def _embedding(model: nn.Module) -> Tensor | None:
+    """Weight of the input embedding, as far as the model has one."""
+    try:
+        layer = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
 def _site(weight: Tensor) -> SitePrint:
+    if weight.is_meta:
+        return SitePrint(shape=list(weight.shape), bfloat16=None, float16=None)
     sample = _sample(weight)
     return SitePrint(
         shape=list(weight.shape),

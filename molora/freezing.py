@@ -8,6 +8,7 @@
 Legend: E experts
 """
 
+import re
 from typing import Literal
 
 import torch
@@ -80,7 +81,8 @@ def set_trainable(site: MoloraLinear, train: Train, trainable: bool = True) -> N
     for name, values in site.experts.named_parameters():
         trained = train == "all" or (train == "newest" and name.endswith(_NEW))
         # with train: newest a name is parametrizations.A.original1
-        kept = not set(name.split(".")).isdisjoint(site.experts.frozen)
+        plain = re.sub(r"parametrizations\.(.+)\.original[01]$", r"\1", name)
+        kept = plain in site.experts.frozen
         values.requires_grad_(trainable and trained and not kept)
     for name, values in site.router.named_parameters() if site.router else ():
         values.requires_grad_(trainable and (train != "newest" or name.endswith(_NEW)))

@@ -29,22 +29,24 @@ from molora.routers.base import AbstractRouter
 from molora.routers.capacity import limited
 
 SUPPORTED = (nn.Linear, Conv1D)
-"""Layer types that can host a bank."""
+"""Layer types that can host a bank; the quantised ones of bitsandbytes are nn.Linear
+too."""
 
 
 def sizes(base: nn.Module) -> tuple[int, int]:
     """In and out features of a supported layer."""
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
     weight = base.weight
     assert isinstance(weight, Tensor)
-    a, b = weight.shape
-    return (a, b) if isinstance(base, Conv1D) else (b, a)
+    return weight.shape[0], weight.shape[1]
 
 
 class MoloraLinear(MergeableLinear):
     """One target layer with its bank.
 
     Args:
-        base: The frozen layer, an nn.Linear or a Conv1D.
+        base: The frozen layer, an nn.Linear, a Conv1D, or a quantised layer.
         site: Settings of the experts and the router.
         path: Module path of the layer in the model, for messages and records.
         runtime: State shared by all sites of the model.
@@ -148,7 +150,7 @@ class MoloraLinear(MergeableLinear):
                 or a balance objective that no gradient reaches.
         """
         runtime = self.runtime
-        if runtime.disabled or self.backup is not None:
+        if runtime.disabled or self.merged:
             plain: Tensor = self.base(x)
             return plain
         x_TI = x.reshape(-1, self.in_features)

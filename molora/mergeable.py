@@ -4,7 +4,7 @@ Shape legend
     I in features   O out features
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,30 @@ from transformers.pytorch_utils import Conv1D
 
 from molora.errors import WrapError
 from molora.experts import AbstractExperts, BilinearExperts
+from molora.quantized import bits_of, dequantised, known_weight, plain_linear, relative
+
+
+class MergeCost(NamedTuple):
+    """How far a merged weight is from what it could stand for, over the norm of that.
+
+    Part of it is the rounding to the dtype that the model computes in.
+    """
+
+    dequantised: float
+    """From the rounded weight that was trained on, plus the update."""
+    original: float | None
+    """From the weight before quantisation plus the update; None where not given."""
 
 
 class MergeableLinear(nn.Module):
     """The frozen layer of a bank, with its original bytes while it is merged.
 
     Args:
-        base: An nn.Linear or a Conv1D.
+        base: An nn.Linear, a Conv1D, or a quantised layer of bitsandbytes.
+
+    Attributes:
+        quantised: While merged, the quantised layer whose place an ordinary one has.
+        merge_cost: What the merge cost, for a quantised layer.
     """
 
     path: str
@@ -30,6 +47,8 @@ class MergeableLinear(nn.Module):
         self.backup: Tensor | None = None
         self.backup_bias: Tensor | None = None
         self.gave_bias = False
+        self.quantised: nn.Module | None = None
+        self.merge_cost: MergeCost | None = None
 
     @property
     def weight(self) -> Any:
@@ -44,10 +63,18 @@ class MergeableLinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the update is folded into the base weight."""
-        return self.backup is not None
+        return self.backup is not None or self.quantised is not None
 
-    def delta_weight(self) -> Tensor:
+    @property
+    def frozen_layer(self) -> nn.Module:
+        """Layer of the base model as it was before any merge."""
+        return self.base if self.quantised is None else self.quantised
+
+    def delta_weight(self, weight: Tensor | None = None) -> Tensor:
         """Dense update of the only expert, [O, I] float32.
+
+        Args:
+            weight: [O, I] that it is added to; None means that of the frozen layer.
 
         Raises:
             WrapError: The bank has several experts, so no single update exists.
@@ -66,18 +93,19 @@ class MergeableLinear(nn.Module):
                 f"{type(self.experts).__name__} are no change of a weight, so nothing "
                 "can be merged; keep the adapter beside the model"
             )
-        weight = self._weight_OI()
+        weight = self._weight_OI() if weight is None else weight
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return self.experts.delta_weight(0, wide)
 
     def _weight_OI(self) -> Tensor:
-        """Weight of the frozen layer before any merge."""
+        """Weight of the frozen layer before any merge, dequantised."""
         weight = self.base_weight()
         return weight.t() if isinstance(self.base, Conv1D) else weight
 
     def _bias_O(self) -> Tensor | None:
         """Bias of the frozen layer before any merge."""
-        bias = self.base.bias if self.backup_bias is None else self.backup_bias
+        layer = self.frozen_layer
+        bias: Any = layer.bias if self.backup_bias is None else self.backup_bias
         if bias is None or self.gave_bias:
             return None
         assert isinstance(bias, Tensor)
@@ -89,7 +117,7 @@ class MergeableLinear(nn.Module):
 
         A layer without a bias gets one where the experts shift its output.
         """
-        assert self.backup is None
+        assert not self.merged
         delta_OI = self.delta_weight()
         weight = self.base.weight
         assert isinstance(weight, nn.Parameter)
@@ -99,33 +127,73 @@ class MergeableLinear(nn.Module):
         self.backup = weight.detach().clone()
         weight.copy_(merged)
 
+    @torch.no_grad()
+    def merge_quantised(
+        self, onto: str, dtype: torch.dtype, original: Tensor | None
+    ) -> None:
+        """Put an ordinary layer with the update in the place of a quantised one.
+
+        Args:
+            onto: One of ``quantized.BASES``.
+            dtype: Dtype of the ordinary layer.
+            original: Weight [O, I] before quantisation; needed for ``original``, else
+                only for the cost.
+        """
+        assert not self.merged
+        layer, weights = self.base, {"dequantised": self._weight_OI()}
+        if original is not None:
+            weights["original"] = original.to(weights["dequantised"].device)
+        sums = {
+            name: weight.float() + self.delta_weight(weight)
+            for name, weight in weights.items()
+        }
+        merged = self._finite(sums[onto].to(dtype))
+        bias = self._merged_bias(len(merged), dtype)
+        costs = {name: relative(merged, value) for name, value in sums.items()}
+        self.merge_cost = MergeCost(costs["dequantised"], costs.get("original"))
+        self.base, self.quantised = plain_linear(layer, merged, dtype, bias), layer
+
     def _merge_bias(self, out_features: int) -> None:
         """Fold what the experts add to the bias; a layer without one may get one."""
         old_O = self.base.bias
-        bias_O = self.weight.new_zeros(out_features) if old_O is None else old_O
-        assert isinstance(bias_O, Tensor)
-        delta_O = self.experts.delta_bias(0, bias_O)
-        if delta_O is None or not delta_O.any():
+        merged_O = self._merged_bias(out_features, self.weight.dtype)
+        if merged_O is None or merged_O is old_O:
             return
-        merged_O = self._sum(bias_O, delta_O)
         if old_O is None:
             self.base.bias = nn.Parameter(merged_O, requires_grad=False)
             self.gave_bias = True
         else:
-            self.backup_bias = bias_O.detach().clone()
-            bias_O.copy_(merged_O)
+            assert isinstance(old_O, Tensor)
+            self.backup_bias = old_O.detach().clone()
+            old_O.copy_(merged_O)
+
+    def _merged_bias(self, out_features: int, dtype: torch.dtype) -> Tensor | None:
+        """Bias with what the experts add; the frozen one where they add nothing."""
+        old_O = self.base.bias
+        zero_O = self.weight.new_zeros(out_features, dtype=dtype)
+        bias_O = zero_O if old_O is None else old_O
+        assert isinstance(bias_O, Tensor)
+        delta_O = self.experts.delta_bias(0, bias_O)
+        if delta_O is None or not delta_O.any():
+            return old_O
+        return self._sum(bias_O, delta_O)
 
     def _sum(self, values: Tensor, delta: Tensor) -> Tensor:
         """Add in the wider dtype, return in that of the values."""
         wide = torch.promote_types(values.dtype, delta.dtype)
-        merged = (values.to(wide) + delta).to(values.dtype)
+        return self._finite((values.to(wide) + delta).to(values.dtype))
+
+    def _finite(self, merged: Tensor) -> Tensor:
         if not torch.isfinite(merged).all():
             raise WrapError(f"site {self.path!r}: the merged weight is not finite")
         return merged
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the original bytes back."""
+        """Put the original bytes, or the quantised layer, back."""
+        if self.quantised is not None:
+            self.base, self.quantised, self.merge_cost = self.quantised, None, None
+            return
         assert self.backup is not None
         weight = self.base.weight
         assert isinstance(weight, nn.Parameter)
@@ -141,7 +209,14 @@ class MergeableLinear(nn.Module):
             self.backup_bias = None
 
     def base_weight(self) -> Tensor:
-        """Weight of the frozen layer as it was before any merge."""
-        weight = self.base.weight if self.backup is None else self.backup
+        """Weight of the frozen layer as it was before any merge, dequantised."""
+        layer = self.frozen_layer
+        if bits_of(layer) is not None:
+            return dequantised(layer)
+        weight = layer.weight if self.backup is None else self.backup
         assert isinstance(weight, Tensor)
         return weight.detach()
+
+    def known_weight(self) -> Tensor:
+        """What a fingerprint reads: of a quantised layer the shape alone."""
+        return known_weight(self.frozen_layer) if self.backup is None else self.backup

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from molora import quantized
 from molora.banks import make_banks
 from molora.config import AdapterConfig
 from molora.errors import WrapError
@@ -34,7 +35,8 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
     is untouched, and another target list leaves a site's values as they are.
 
     Args:
-        model: A base model, on any device, in any floating dtype.
+        model: A base model, on any device, in any floating dtype, or quantised by
+            bitsandbytes.
         config: Targets, experts, router, balance.
         seed: Seed of the initial values.
 
@@ -43,8 +45,8 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
 
     Raises:
         WrapError: The model is wrapped already, is a PEFT model, has a quantiser that
-            cannot be trained, or the targets or the layout do not fit. The model is
-            left untouched.
+            cannot be trained, or 4-bit layers that cannot be read, or the targets or
+            the layout do not fit. The model is left untouched.
     """
     check_wrappable(model)
     targets = find_targets(model, config)
@@ -64,6 +66,7 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
         _replace(model, path, bank)
         bank.train(bank.base.training)
     attach(model, config, runtime, frozen)
+    quantized.keep_unpacked(model)
     return model
 
 
@@ -82,53 +85,13 @@ def unwrap(model: M) -> M:
     Raises:
         WrapError: The model is not wrapped.
     """
-    for path, site in sites(model).items():
+    found = sites(model)
+    plain = any(site.quantised is not None for site in found.values())
+    for path, site in found.items():
         _replace(model, path, site.base)
     detach(model)
-    return model
-
-
-def merge(model: M) -> M:
-    """Fold each bank's update into its base weight; original bytes are kept.
-
-    Args:
-        model: A wrapped model whose banks all have one expert (see ``collapse``).
-
-    Returns:
-        The same object.
-
-    Raises:
-        WrapError: A bank routes among several experts, the model is merged already, a
-            target's weight is tied to another module, or a merged weight is not
-            finite. The weights are left as they were.
-    """
-    found = sites(model)
-    if any(site.merged for site in found.values()):
-        raise WrapError("the model is merged already; call molora.unmerge first")
-    _check_untied(model, found)
-    done: list[MoloraLinear] = []
-    try:
-        for site in found.values():
-            site.merge()
-            done.append(site)
-    except WrapError:
-        for site in done:
-            site.unmerge()
-        raise
-    return model
-
-
-def unmerge(model: M) -> M:
-    """Restore the exact bytes of the base weights.
-
-    Raises:
-        WrapError: The model is not merged.
-    """
-    merged = [site for site in sites(model).values() if site.merged]
-    if not merged:
-        raise WrapError("the model is not merged; there is nothing to restore")
-    for site in merged:
-        site.unmerge()
+    if plain:
+        quantized.drop_marks(model)
     return model
 
 
@@ -251,6 +214,7 @@ def check_wrappable(model: nn.Module) -> None:
                 f"the model carries a PEFT adapter ({path or type(module).__name__}); "
                 "merge or unload it, and wrap the base model"
             )
+    quantized.check(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
         raise WrapError(
@@ -262,17 +226,3 @@ def check_wrappable(model: nn.Module) -> None:
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
-
-
-def _check_untied(model: nn.Module, found: dict[str, MoloraLinear]) -> None:
-    """Refuse to merge into a weight that another module uses as well."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for path, site in found.items():
-        names = owners[id(site.base.weight)]
-        if len(names) > 1:
-            raise WrapError(
-                f"site {path!r}: its weight is tied to {names}, which a merge would "
-                "change as well; leave this layer out of target_modules"
-            )

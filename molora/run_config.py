@@ -11,8 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from molora.collapse import COLLAPSERS
 from molora.config import AdapterConfig, read_yaml
+from molora.continuing import continued
 from molora.errors import ConfigError
 from molora.routers import OBJECTIVES, ROUTERS
+from molora.saved import read_settings
 from molora.schema import Schema, nearest
 from molora.training.arguments import build_arguments
 from molora.training.data import DataConfig
@@ -28,6 +30,9 @@ class ModelSettings(Schema):
     """Type of the frozen weights; auto keeps what is stored."""
     device: str | None = None
     """Where the model goes, for example cuda; the CPU by default."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """How the linear layers of the frozen base are held: nf4 is 4 bits with double
+    quantisation, computing in ``dtype``; none keeps what is stored."""
 
 
 class CollapseSettings(Schema):
@@ -72,8 +77,14 @@ class RunConfig(Schema):
 
     model: ModelSettings = ModelSettings()
     """The base model."""
+    start_from: str | None = None
+    """Folder of an adapter to train on, for example an imported or grown one; what
+    ``adapter`` says then replaces its router, balance or train."""
     adapter: AdapterConfig
     """The mixture that it gets."""
+    load_router: dict[str, Any] = {}
+    """Router settings that evaluate, generate, routes and collapse use in place of the
+    saved ones, for example kind: phatgoose for vectors that sigmoid learned."""
     data: DataConfig
     """Tasks to train on and to evaluate."""
     training: dict[str, Any] = {}
@@ -94,6 +105,16 @@ class RunConfig(Schema):
         if not isinstance(training, Mapping) or not isinstance(seed, int) or seed < 0:
             return raw
         return {**raw, "training": {"seed": seed, **training}}
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _continue(cls, raw: Any) -> Any:
+        start = raw.get("start_from") if isinstance(raw, Mapping) else None
+        changes = raw.get("adapter", {}) if start else None
+        # what is no folder or no mapping is told where its field is read
+        if not isinstance(start, str) or not isinstance(changes, Mapping):
+            return raw
+        return {**raw, "adapter": continued(read_settings(Path(start)), changes)}
 
     @pydantic.field_validator("model", "adapter", "data", "collapse", mode="before")
     @classmethod

@@ -104,17 +104,26 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """
     with _advised(folder):
         verify(folder)
-        file = _adapter_file(folder)
-        try:
-            config = AdapterConfig.from_dict(file.adapter, "adapter")
-        except ConfigError as error:
-            raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+        file, config = _adapter_file(folder), read_settings(folder)
         path = folder / TENSORS
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
         return SavedAdapter(file, config, tensors, path)
+
+
+def read_settings(folder: Path) -> AdapterConfig:
+    """Read the settings alone, without the checksums.
+
+    Raises:
+        CheckpointError: It is no folder of a molora adapter.
+    """
+    _check_is_checkpoint(folder)
+    try:
+        return AdapterConfig.from_dict(_adapter_file(folder).adapter, "adapter")
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
 
 
 def _candidates(root: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from molora.config import AdapterConfig
 from molora.errors import WrapError
 from molora.layer import SUPPORTED
+from molora.quantized import bits_of
 from molora.schema import nearest
 
 
@@ -127,10 +128,11 @@ def _check_types(targets: dict[str, nn.Module]) -> None:
                 "weight and never calls it, so experts there would have no effect; "
                 "exclude it"
             )
-        if not module.weight.is_floating_point():
+        if not module.weight.is_floating_point() and bits_of(module) is None:
             raise WrapError(
-                f"target {path!r} holds quantised weights ({module.weight.dtype}), "
-                "which are not supported yet; load the base unquantised"
+                f"target {path!r} holds quantised weights ({module.weight.dtype}) that "
+                "are none of bitsandbytes; load the base with quantization nf4, int8 "
+                "or none"
             )
         if id(module) in seen:
             raise WrapError(

@@ -5,6 +5,10 @@ import os
 # before anything decorates a kernel: the tests run kernels on the CPU
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# before torch starts its threads: processes side by side take one each
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # before anything imports transformers, which reads these once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"

@@ -48,6 +48,7 @@ def test_all_sections_are_read(file: Path) -> None:
         "name": "some/base",
         "dtype": "bfloat16",
         "device": None,
+        "quantization": "none",
     }
     assert config.adapter.site("layers.0.up_proj").experts.to_dict()["r"] == 1
     assert config.data.tasks[0].labels == ["yes", "no"]

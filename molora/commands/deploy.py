@@ -9,9 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import molora
 from molora.atomic import atomic_folder
+from molora.base_models import load_base
 from molora.checkpoint import write_manifest
 from molora.commands import session
 from molora.errors import ConfigError
+from molora.mergeable import MergeCost
+from molora.merging import check_choice
 from molora.run_config import RunConfig
 from molora.training.data import Collator, EvalSet, MixtureSampler, build_mixture
 
@@ -68,26 +71,47 @@ def collapse(config: RunConfig, adapter: Path, output: Path) -> None:
         session.out.print(result.report.loss_table())
 
 
-def merge(config: RunConfig, adapter: Path, output: Path) -> None:
+def merge(config: RunConfig, adapter: Path, output: Path, base: str | None) -> None:
     """Fold a one-expert adapter into the base and write a plain model.
+
+    Where ``model.quantization`` is set, the unquantised base is loaded as well, to tell
+    how far the result is from either.
 
     Args:
         config: The run.
         adapter: Folder of the adapter.
         output: Folder for the model and its tokenizer.
+        base: Which weights a quantised base stands for; see ``molora.merge``.
 
     Raises:
-        MoloraError: No adapter, one with several experts, or a folder in the way.
+        MoloraError: No adapter, one with several experts, a folder in the way, or a
+            quantised base without ``base``.
     """
     session.require_other(adapter, output)
+    quantised = config.model.quantization != "none"
+    if quantised:
+        check_choice(True, base)
     model, tokenizer = session.trained(config, adapter)
-    plain = molora.unwrap(molora.merge(model))
+    settings, original = config.model, None
+    if quantised:
+        original, _ = load_base(settings.name, settings.dtype)
+    molora.merge(model, base, original)
+    del original
+    costs = molora.merge_costs(model).values()
+    plain = molora.unwrap(model)
     with atomic_folder(output) as folder:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         # marks the folder as ours, which a later merge may replace
         write_manifest(folder, {"base_model": config.model.name})
     session.note(f"Wrote {output}")
+    for name in MergeCost._fields:
+        far = [value for cost in costs if (value := getattr(cost, name)) is not None]
+        if far:
+            session.note(
+                f"From the {name} weights with the update, the merged ones are "
+                f"{sum(far) / len(far):.2%} away on average, {max(far):.2%} at most"
+            )
 
 
 def export(

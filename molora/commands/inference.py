@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import molora
 from molora.atomic import file_to_write
 from molora.commands import session
+from molora.config import AdapterConfig
 from molora.errors import ConfigError
 from molora.page import Prompts, save_page
 from molora.prompt import prompt_from_labels
@@ -19,7 +20,6 @@ from molora.records import RoutingTrace
 from molora.report import RoutingReport, TokenStrip, pieces, save_heatmap, token_strip
 from molora.routers import ROUTERS, AdapterRouter
 from molora.run_config import RunConfig
-from molora.saved import read_adapter
 from molora.schema import nearest
 from molora.training.data import Collator, build_eval_sets
 from molora.training.encoding import encode, split_answer
@@ -247,8 +247,7 @@ def _pad_left(
 
 def _check_task(config: RunConfig, adapter: Path, task: str | None) -> None:
     """Refuse a task that is unknown, or none where the adapter's routers need one."""
-    session.require_adapter(adapter)
-    known = _known_tasks(adapter)
+    known = _known_tasks(session.saved_settings(config, adapter))
     names = known or [t.name for t in config.data.tasks]
     if task is None and known:
         raise ConfigError(
@@ -263,10 +262,10 @@ def _check_task(config: RunConfig, adapter: Path, task: str | None) -> None:
         )
 
 
-def _known_tasks(adapter: Path) -> list[str]:
+def _known_tasks(adapter: AdapterConfig) -> list[str]:
     """Tasks that all routers which read the task know; none where no router does."""
     known: list[list[str]] = []
-    for router in read_adapter(adapter).config.routers():
+    for router in adapter.routers():
         tasks = list(ROUTERS[router.kind].known_tasks(router))
         if isinstance(router, AdapterRouter.Config):
             tasks.append(AdapterRouter.BASE)

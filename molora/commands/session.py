@@ -13,8 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import molora
 from molora.base_models import load_base
+from molora.checkpoint import start_from
+from molora.config import AdapterConfig
+from molora.continuing import continued
 from molora.errors import CheckpointError, ConfigError
+from molora.model import adapter_parameters, sites
 from molora.run_config import RunConfig
+from molora.saved import read_adapter
 from molora.training.arguments import build_arguments
 from molora.training.data import EvalSet, build_eval_sets
 from molora.training.evaluation import TaskResult, evaluate
@@ -32,18 +37,49 @@ notes = Console(stderr=True)
 def base(config: RunConfig) -> Loaded:
     """Load the base model of a run and its tokenizer."""
     settings = config.model
-    return load_base(settings.name, settings.dtype, settings.device)
+    return load_base(
+        settings.name, settings.dtype, settings.device, settings.quantization
+    )
+
+
+def give_adapter(config: RunConfig, model: PreTrainedModel) -> None:
+    """Wrap the base of a run, with new experts or those that it starts from.
+
+    Raises:
+        MoloraError: Targets or an adapter that do not fit.
+    """
+    if config.start_from is None:
+        molora.wrap(model, config.adapter, seed=config.seed)
+    else:
+        start_from(model, config.start_from, config.adapter)
+    trained = [p for p in adapter_parameters(model).values() if p.requires_grad]
+    values = sum(p.numel() for p in trained)
+    note(f"{len(sites(model))} target layers, {values:,} trained values")
+
+
+def saved_settings(config: RunConfig, adapter: Path) -> AdapterConfig:
+    """Settings of an adapter as the run loads it.
+
+    Raises:
+        MoloraError: There is no adapter, or another router means nothing with it.
+    """
+    require_adapter(adapter)
+    saved = read_adapter(adapter).config
+    if not config.load_router:
+        return saved
+    return continued(saved, {"router": config.load_router}, "load")
 
 
 def trained(config: RunConfig, adapter: Path) -> Loaded:
     """Load the base model of a run with an adapter on it, in eval mode.
 
     Raises:
-        CheckpointError: There is no adapter, or it does not fit.
+        MoloraError: There is no adapter, or it does not fit.
     """
     require_adapter(adapter)
     model, tokenizer = base(config)
-    return molora.load(model, adapter).eval(), tokenizer
+    router = config.load_router or None
+    return molora.load(model, adapter, router=router).eval(), tokenizer
 
 
 def require_adapter(adapter: Path) -> None:

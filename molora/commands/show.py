@@ -8,13 +8,11 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-import molora
 from molora.checkpoint import verify
 from molora.collapse import COLLAPSERS
 from molora.commands import session
 from molora.errors import ConfigError, DataError
 from molora.experts import EXPERTS
-from molora.model import adapter_parameters, sites
 from molora.registry import Registry
 from molora.routers import OBJECTIVES, ROUTERS
 from molora.run_config import RunConfig
@@ -139,10 +137,7 @@ def validate(config: RunConfig, deep: bool) -> None:
     session.out.print(_data_table(config))
     if deep:
         model, tokenizer = session.base(config)
-        molora.wrap(model, config.adapter, seed=config.seed)
-        trained = [p for p in adapter_parameters(model).values() if p.requires_grad]
-        values = sum(p.numel() for p in trained)
-        session.note(f"{len(sites(model))} target layers, {values:,} trained values")
+        session.give_adapter(config, model)
         build_mixture(config.data, tokenizer).summary.print(session.out)
         session.eval_sets(config, tokenizer)
     session.say("valid")

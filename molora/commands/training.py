@@ -4,10 +4,8 @@ from pathlib import Path
 
 from transformers import IntervalStrategy
 
-import molora
 from molora.commands import session
 from molora.errors import ConfigError
-from molora.model import adapter_parameters, sites
 from molora.run_config import RunConfig
 from molora.training import MoloraTrainer
 from molora.training.arguments import build_arguments
@@ -32,11 +30,11 @@ def train(config: RunConfig, resume: bool) -> None:
             f"{folder} holds {earlier[0].name} of an earlier run: go on from its "
             "checkpoints with --resume, delete it, or set another training.output_dir"
         )
-    if config.adapter.train != "all":
+    if config.adapter.train != "all" and config.start_from is None:
         raise ConfigError(
             f"adapter.train={config.adapter.train}: this command starts from new "
-            "experts, which are to be trained; set train: all, or bring in trained "
-            "ones with molora.import_peft or molora.grow and use MoloraTrainer"
+            "experts, which are to be trained; set train: all, or name trained ones "
+            "with start_from: what molora import, molora grow or another run wrote"
         )
     arguments, settings = build_arguments(config.training)
     model, tokenizer = session.base(config)
@@ -44,10 +42,7 @@ def train(config: RunConfig, resume: bool) -> None:
     mixture.summary.print(session.out)
     eval_sets = session.eval_sets(config, tokenizer)
     in_between = arguments.eval_strategy != IntervalStrategy.NO
-    molora.wrap(model, config.adapter, seed=config.seed)
-    trained = [p for p in adapter_parameters(model).values() if p.requires_grad]
-    values = sum(p.numel() for p in trained)
-    session.note(f"{len(sites(model))} target layers, {values:,} trained values")
+    session.give_adapter(config, model)
     trainer = MoloraTrainer(
         model=model,
         args=arguments,

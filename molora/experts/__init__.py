@@ -28,4 +28,5 @@ from molora.experts.prolora import PRoLoRAExperts as PRoLoRAExperts
 from molora.experts.sora import SoRAExperts as SoRAExperts
 from molora.experts.sparse import SparseExperts as SparseExperts
 from molora.experts.sum import SumExperts as SumExperts
+from molora.experts.superlora import SuperLoRAExperts as SuperLoRAExperts
 from molora.experts.vera import VeRAExperts as VeRAExperts

@@ -101,7 +101,8 @@ class LoHaExperts(BilinearExperts):
         """See base class; two small products instead of one of rank r^2."""
         wide = torch.promote_types(self.w1_a.dtype, torch.float32)
         a1, b1, a2, b2 = (getattr(self, name)[expert].to(wide) for name in _NAMES)
-        return self.scale * (a1 @ b1) * (a2 @ b2)
+        delta_OI: Tensor = self.scale * (a1 @ b1) * (a2 @ b2)
+        return delta_OI
 
     def count(self) -> int:
         """See base class."""

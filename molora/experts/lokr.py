@@ -208,7 +208,7 @@ class LoKrExperts(AbstractExperts):
             )
         # whole factors are those whose rank is not small
         r = config.r or max(max(size) for size in self.sizes)
-        settings = {
+        settings: dict[str, Any] = {
             "r": r,
             "alpha": self.scale * r,
             "decompose_both": config.decompose_both,

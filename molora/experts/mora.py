@@ -125,7 +125,8 @@ class MoRAExperts(AbstractExperts):
         """[T, b, n], the input continued by its own beginning."""
         missing = -self.in_features % self.side
         whole = torch.cat([x_TI, x_TI[:, :missing]], 1) if missing else x_TI
-        return whole.unflatten(1, (-1, self.side))
+        blocks: Tensor = whole.unflatten(1, (-1, self.side))
+        return blocks
 
     def _decompress(self, small: Tensor) -> Tensor:
         """D: to [T, O]."""

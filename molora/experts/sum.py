@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from molora.errors import ConfigError
 from molora.experts.base import EXPERTS, AbstractExperts, ExpertsConfig
+from molora.experts.factors import FactorConfig
 
 
 @EXPERTS.register("sum", paper="arXiv:2401.04679")
@@ -105,12 +106,8 @@ class SumExperts(AbstractExperts):
         ]
         self.parts = nn.ModuleList(found)
         self.starts_at_zero = all(part.starts_at_zero for part in found)
-        # with and without the path inside the sum
         self.frozen = tuple(
-            prefix + name
-            for i, part in enumerate(found)
-            for name in part.frozen
-            for prefix in ("", f"parts.{i}.")
+            f"parts.{i}.{name}" for i, part in enumerate(found) for name in part.frozen
         )
 
     def _parts(self) -> list[AbstractExperts]:
@@ -176,4 +173,12 @@ def _part(raw: Mapping[str, Any], count: int, where: str) -> ExpertsConfig:
             f"{where}.kind: {raw['kind']} {what if family.linear else 'is nonlinear'}, "
             f"so the result would be no sum of updates; one of {names}"
         )
-    return family.Config.from_dict({**raw, "num_experts": count}, where)
+    config = family.Config.from_dict({**raw, "num_experts": count}, where)
+    scopes = config.scopes() if isinstance(config, FactorConfig) else {}
+    wide = [name for name, scope in scopes.items() if scope != "experts"]
+    if wide:
+        raise ConfigError(
+            f"{where}.shared: layers share {' and '.join(wide)}, which a part of a sum "
+            "cannot; share among the experts of a layer, or not at all"
+        )
+    return config

@@ -28,6 +28,12 @@ from molora.interop.peft_adapter import family_of
 from molora.interop.peft_experts import ROUTER, router_values
 from molora.interop.peft_family import Adapters
 from molora.interop.peft_loras import Loras
+from molora.interop.xlora_import import (
+    is_xlora,
+    read_xlora,
+    split_xlora,
+    xlora_base,
+)
 from molora.model import check_wrappable, sites, unwrap, wrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,16 +58,20 @@ def import_peft(
     or without rsLoRA, and every method that an expert family is (``peft_type`` of the
     class). Adapters of those have equal settings at a layer. All must have the same
     target layers, except LoRAs where each row names its adapter (router.kind
-    ``adapter``): one that lacks a layer adds nothing there, trained or not, as by
-    itself.
+    ``adapter``) or one classifier weighs them (xlora): one that lacks a layer adds
+    nothing there, trained or not, as by itself.
+
+    A PEFT X-LoRA is read with its classifier. PEFT keeps its LoRAs frozen, which is
+    ``train: router`` here.
 
     Args:
         base_model: The model that the adapters were trained on.
         folders: What PEFT's ``save_pretrained`` wrote, one for each expert. A single
-            one makes an ordinary adapter.
+            one makes an ordinary adapter; that of an X-LoRA stands for the LoRAs that
+            it names and for its router.
         router: Settings of the router, as in a YAML; or the folder that
-            ``export_peft_experts`` wrote, whose routers are used. None is for one
-            adapter.
+            ``export_peft_experts`` wrote, whose routers are used, or that of an X-LoRA
+            whose LoRAs are elsewhere now. None is for one adapter.
         train: ``router`` freezes the experts, ``all`` trains them along; ``newest`` is
             for ``molora.grow``.
         balance: Balance objectives, as in a YAML.
@@ -98,6 +108,7 @@ def import_peft(
         raise CheckpointError("import_peft: give at least one folder of a PEFT LoRA")
     if general_form not in get_args(Subtract):
         raise ConfigError(f"general_form: {general_form!r} is none of delta, factors")
+    folders, router = split_xlora(folders, router)
     source: Loras | Adapters
     family = _one_family([*folders, *general])
     if family == "lora":
@@ -108,9 +119,11 @@ def import_peft(
         source = Adapters.read(folders, family, base_model, lora_dropout)
     if not general and general_form != "delta":
         raise ConfigError("general_form is read with general=[folders] only; drop it")
-    _check_bases(base_model, source.bases, allow_base_mismatch)
-    routers, weights = _routers(router, source.paths)
-    named = all(settings.get("kind") == "adapter" for settings in routers.values())
+    bases = {**source.bases, **xlora_base(router)}
+    _check_bases(base_model, bases, allow_base_mismatch)
+    routers, weights = _routers(router, base_model, source.paths, len(folders))
+    apart = ("adapter", "xlora")
+    named = all(settings.get("kind") in apart for settings in routers.values())
     blocks = source.blocks(base_model, named)
     described = {p: {"experts": blocks[p], "router": routers[p]} for p in blocks}
     config = _config(base_model, described, train, balance)
@@ -153,11 +166,17 @@ def _check_bases(
 
 
 def _routers(
-    router: Mapping[str, Any] | str | Path | None, paths: list[str]
+    router: Mapping[str, Any] | str | Path | None,
+    model: nn.Module,
+    paths: list[str],
+    num_experts: int,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Router settings by site, and weights where a file holds them."""
     if router is None or isinstance(router, Mapping):
         return dict.fromkeys(paths, dict(router or {"kind": "none"})), {}
+    if is_xlora(router):
+        settings, weights = read_xlora(Path(router), model, paths, num_experts)
+        return dict.fromkeys(paths, settings), weights
     file = Path(router) / ROUTER
     try:
         with safe_open(file, "pt") as opened:

@@ -103,7 +103,7 @@ def _check_targets(
 ) -> None:
     """Refuse layers that the model lacks, and different ones unless rows name them."""
     first, modules = loras[0], dict(model.named_modules())
-    why = "which goes only where each row names its adapter: router.kind adapter"
+    why = "which goes with router.kind adapter or xlora only"
     if general:
         why = "but general adapters and experts need the same layers, with any router"
     for lora in loras:

@@ -8,6 +8,9 @@ expert's tokens and adds them back, ``einsum`` forms every expert's update. They
 turns within one process; figures are ratios of medians. The floor is two products of
 the ranks in use per pass at the measured rate of such products, and the wide tensors
 once at the measured bandwidth, on top of the base layer alone.
+
+The share of the base layer is the profile: where it is b of molora's time, a form whose
+update takes u times ours takes b + u (1 - b) times our time in all, whatever u is.
 """
 
 import argparse
@@ -188,6 +191,10 @@ def measure(size: Size, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     for name in ("loop", "einsum"):
         if name in seconds:
             ratios[f"{name} / molora"] = seconds[name] / ours
+    base = seconds["base"]
+    ratios["base / molora"] = base / ours
+    if "loop" in seconds:
+        ratios["updates: loop / molora"] = (seconds["loop"] - base) / (ours - base)
     return {
         "size": size._asdict(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -225,7 +232,7 @@ def main() -> None:
 
 def show(results: list[dict[str, Any]], growth: list[dict[str, Any]]) -> None:
     """Print the ratios, and the cost of more experts."""
-    names = list(results[0]["ratios"])
+    names = list(dict.fromkeys(name for row in results for name in row["ratios"]))
     table = Table(title="One linear, forward and backward: ratios of medians")
     for column in ("T, I, O, E, r, K", "dtype", *names, "saved"):
         table.add_column(column)
@@ -236,7 +243,7 @@ def show(results: list[dict[str, Any]], growth: list[dict[str, Any]]) -> None:
         saved = f"{row['saved values / (2TR + TE)']:.2f}"
         size = ", ".join(str(v) for v in row["size"].values())
         table.add_row(size, row["dtype"], *cells, saved)
-    Console(width=150).print(table)
+    Console(width=180).print(table)
     first = growth[0]["seconds"]["molora"]
     for row in growth:
         cost = row["seconds"]["molora"] / first

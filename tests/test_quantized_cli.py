@@ -1,0 +1,151 @@
+"""The commands on a quantised base, from training to a plain model."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import molora
+from molora.base_models import load_base
+from molora.cli import main
+from molora.quantized import relative
+from molora.saved import read_adapter
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "one", "two", "three", ":"]
+IDS = torch.tensor([[1, 4, 5, 7, 6]])
+
+
+def molora_cli(*arguments: object) -> int:
+    """Run the command in this process; its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    code = stop.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base, two rows to train on, and run.yaml, trained and collapsed."""
+    folder = tmp_path_factory.mktemp("run")
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder / "base")
+    shape: dict[str, Any] = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder / "base")
+    rows = [("one :", "two"), ("two :", "three")]
+    lines = [json.dumps({"prompt": p, "completion": c}) for p, c in rows]
+    (folder / "count.jsonl").write_text("\n".join(lines) + "\n")
+    task = {"name": "count", "train": "count.jsonl", "eval": "count.jsonl"}
+    run = {
+        "model": {"name": str(folder / "base"), "quantization": "nf4"},
+        "adapter": {
+            "target_modules": ["up_proj", "down_proj"],
+            "experts": {"kind": "lora", "num_experts": 2, "r": 2},
+            "router": {"kind": "soft"},
+        },
+        "data": {"max_length": 16, "tasks": [task]},
+        "training": {
+            "output_dir": str(folder / "out"),
+            "optim": "paged_adamw_32bit",
+            "max_steps": 3,
+            "learning_rate": 0.02,
+            "per_device_train_batch_size": 2,
+            "report_to": "none",
+            "disable_tqdm": True,
+        },
+        "collapse": {"method": "svd", "rank": 2, "calibration_rows": 2},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    assert molora_cli("train", folder / "run.yaml") == 0
+    assert molora_cli("collapse", folder / "run.yaml") == 0
+    return folder
+
+
+def test_every_command_reads_the_quantised_base(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folder / "run.yaml"
+    saved = read_adapter(folder / "out" / "adapter").file.base
+    assert {site.bfloat16 for site in saved.sites.values()} == {None}
+    assert molora_cli("evaluate", run, "--json", folder / "scores.json") == 0
+    scores = json.loads((folder / "scores.json").read_text())
+    model = molora.load(
+        load_base(str(folder / "base"), quantization="nf4")[0],
+        folder / "out" / "adapter",
+    ).eval()
+    # the answer and the end of both rows
+    total = 0.0
+    for row in ([4, 7, 5, 2], [5, 7, 6, 2]):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
+        total -= float(logits[1, row[2]] + logits[2, row[3]])
+    assert scores["count"]["loss"] == pytest.approx(total / 4, rel=1e-4)
+    capsys.readouterr()
+    assert molora_cli("generate", run, "--prompt", "one :", "--max-new-tokens", 2) == 0
+    with torch.no_grad():
+        first = int(model(input_ids=torch.tensor([[4, 7]])).logits[0, -1].argmax())
+    assert WORDS[first] in capsys.readouterr().out or first < 4
+    assert molora_cli("routes", run) == 0
+    assert "up_proj" in capsys.readouterr().out
+
+
+def test_merge_asks_which_base_is_meant(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, collapsed = folder / "run.yaml", folder / "out" / "collapsed"
+    assert molora_cli("merge", run) == 2
+    error = capsys.readouterr().err
+    assert "'dequantised'" in error and "'original'" in error
+    assert molora_cli("merge", run, "--base", "dequantized") == 2
+    assert "neither" in capsys.readouterr().err
+    plain = ["model.quantization=none", "--base", "original"]
+    assert molora_cli("merge", run, *plain) == 2
+    assert "not quantised" in capsys.readouterr().err
+    held = molora.load(
+        load_base(str(folder / "base"), quantization="nf4")[0], collapsed
+    ).eval()
+    exact = molora.load(load_base(str(folder / "base"))[0], collapsed).eval()
+    for base, twin in {"dequantised": held, "original": exact}.items():
+        output = folder / base
+        assert molora_cli("merge", run, "--base", base, "--output", output) == 0
+        told = " ".join(capsys.readouterr().err.split())
+        for name in ("dequantised", "original"):
+            mean = "0.00%" if name == base else r"(8|9)\.\d\d%"
+            assert re.search(f"From the {name} weights .* are {mean} away", told)
+        assert "quantization_config" not in (output / "config.json").read_text()
+        with torch.no_grad():
+            got = AutoModelForCausalLM.from_pretrained(output)(IDS).logits
+            want = twin(input_ids=IDS).logits
+        # layers without experts hold the weights asked for as well
+        assert relative(got, want) < 1e-5

@@ -153,7 +153,7 @@ def _stacked(adapters: Sequence[PeftAdapter], dropout: float) -> dict[str, Any]:
                     f"in {told}, but {block['kind']} experts of one layer have the "
                     "same; train them alike, or export each as a LoRA of one rank"
                 )
-    made = {"num_experts": len(adapters)}
+    made: dict[str, Any] = {"num_experts": len(adapters)}
     if dropout:
         made |= {"lora_dropout": dropout}
     return {path: {**block, **made} for path, block in first.blocks.items()}

@@ -421,3 +421,20 @@ def test_plain_lora_keeps_its_own_way(tiny_llama: Factory, tmp_path: Path) -> No
     for name in ("own", "wide"):
         got = logits(in_peft(tiny_llama, tmp_path / name))
         assert (got - want).abs().max() < 1e-5
+
+
+def test_a_start_from_the_base_goes_with_the_export(
+    tiny_llama: Factory, tmp_path: Path
+) -> None:
+    """PiSSA's frozen term is in the factors, which PEFT puts on the same base."""
+    experts = {"kind": "lora", "r": 4, "init_lora_weights": "pissa"}
+    raw = {"target_modules": TARGETS, "experts": experts}
+    ours: Any = molora.wrap(tiny_llama(), molora.AdapterConfig.from_dict(raw))
+    values(ours)
+    molora.export_peft(ours, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 8 and "init_lora_weights" not in config
+    got, want = logits(in_peft(tiny_llama, tmp_path / "out")), logits(ours)
+    assert (got - want).abs().max() < 1e-5
+    again = molora.import_peft(tiny_llama(), [tmp_path / "out"])
+    assert (logits(again) - want).abs().max() < 1e-5

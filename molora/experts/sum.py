@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from molora.errors import ConfigError
 from molora.experts.base import EXPERTS, AbstractExperts, ExpertsConfig
-from molora.experts.factors import FactorConfig
+from molora.experts.factor_config import FactorConfig
 
 
 @EXPERTS.register("sum", paper="arXiv:2401.04679")

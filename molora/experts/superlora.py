@@ -18,7 +18,7 @@ Shape legend: see base.py; G groups, M axes, n side of a folded group.
 """
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import pydantic
 import torch
@@ -135,7 +135,8 @@ class SuperLoRAExperts(AbstractExperts):
             first = factors[0]
             at = torch.arange(self.config.r, device=first.device)
             grown = first.new_zeros(first.shape[0], *[self.config.r] * len(factors))
-            grown[(slice(None), *[at] * len(factors))] = 1
+            diagonal: tuple[Any, ...] = (slice(None), *[at] * len(factors))
+            grown[diagonal] = 1
         for A_Gnr in factors:
             # the first axis that is left becomes the last one that is done
             G, r = A_Gnr.shape[0], A_Gnr.shape[2]

@@ -54,16 +54,20 @@ def make_banks(
     for path, base in targets.items():
         # leaders come first in model order
         leader = banks.get(leader_of.get(path, path))
-        bank = banks[path] = MoloraLinear(
-            base,
-            settings[path],
-            path=path,
-            runtime=runtime,
-            objectives=objectives,
-            generator=generator_of(seed, path),
-            leader=leader,
-            places=sharing.places(path),
-        )
+        try:
+            bank = banks[path] = MoloraLinear(
+                base,
+                settings[path],
+                path=path,
+                runtime=runtime,
+                objectives=objectives,
+                generator=generator_of(seed, path),
+                leader=leader,
+                places=sharing.places(path),
+            )
+        except WrapError as error:
+            # families know their sizes, not where they are
+            raise WrapError(f"layer {path!r}: {error}") from None
         sharing.made(path, bank.experts)
         if leader is not None:
             leader.followers.append(bank)

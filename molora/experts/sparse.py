@@ -164,7 +164,8 @@ class SparseExperts(AbstractExperts):
         top_k: int | None = None,
     ) -> Tensor:
         """See base class."""
-        return (base + self._update(x, gates, top_k is not None)).to(base.dtype)
+        update: Tensor = self._update(x, gates, top_k is not None)
+        return (base + update).to(base.dtype)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update(self, x: Tensor, gates: Tensor | None, sparse: bool) -> Tensor:

@@ -20,6 +20,7 @@ Shape legend: see base.py; k hidden features of one expert   n features read (I 
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, Self
 
 import pydantic
@@ -31,7 +32,7 @@ from molora.experts.base import EXPERTS, AbstractExperts, ExpertsConfig
 
 _WIDTH = 64
 """Hidden features where none are given."""
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
     "gelu": nn.functional.gelu,
     "silu": nn.functional.silu,
@@ -151,10 +152,11 @@ class BottleneckExperts(AbstractExperts):
         bias_Ek = self.down_bias
         bias = None if bias_Ek is None else bias_Ek.flatten().to(read_Tn.dtype)
         down = self.down.flatten(0, 1).to(read_Tn.dtype)
-        hidden = nn.functional.linear(read_Tn, down, bias).unflatten(1, (E, k))
+        hidden: Tensor = nn.functional.linear(read_Tn, down, bias)
+        hidden_TEk: Tensor = hidden.unflatten(1, (E, k))
         if self.config.activation == "identity":
-            return hidden
-        return _ACTIVATIONS[self.config.activation](hidden)
+            return hidden_TEk
+        return _ACTIVATIONS[self.config.activation](hidden_TEk)
 
     def delta_weight(self, expert: int, weight: Tensor) -> Tensor:
         """See base class.

@@ -57,8 +57,7 @@ def settings(kind: str, experts: int, rank: int) -> dict[str, Any]:
     for name, field in fields.items():
         if field.is_required() and name not in raw:
             raw[name] = next(b[name] for b in blocks if b["kind"] == kind)
-    if "r" in fields:
-        raw["r"] = rank
+    raw |= {name: rank for name in ("r", "init_r") if name in fields}
     if "inner" in fields:
         raw["inner"] = {"kind": "lora", "r": rank}
     return raw

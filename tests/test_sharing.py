@@ -330,3 +330,18 @@ def test_growing_refuses_a_fixed_number_of_experts(tiny_llama: Factory) -> None:
     assert trained and not any(".A." in name for name in trained)
     for path, site in sites(model).items():
         assert torch.equal(site.experts.value("A")[:E], old[f"{path}.experts.A"])  # type: ignore
+
+
+def test_masks_by_magnitude_inside_magnitudes() -> None:
+    inner = {"kind": "lora", "r": 2, "trainability": {"B": "masked"}}
+    settings = {"kind": "dora", "inner": inner}
+    raw = {"target_modules": ["0"], "experts": settings}
+    model = molora.wrap(
+        torch.nn.Sequential(torch.nn.Linear(6, 5)), molora.AdapterConfig.from_dict(raw)
+    )
+    experts: Any = sites(model)["0"].experts
+    values = torch.arange(1.0, 11.0).view(1, 2, 5)
+    experts.inner.Bt.data.copy_(values)
+    assert molora.mask_by_magnitude(model, 0.3) == 3
+    assert torch.equal(experts.inner.mask_Bt, values > 7)
+    assert not experts.inner.Bt.any()

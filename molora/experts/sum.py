@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from molora.errors import ConfigError
 from molora.experts.base import EXPERTS, AbstractExperts, ExpertsConfig
+from molora.experts.factor_config import FactorConfig
 
 
 @EXPERTS.register("sum", paper="arXiv:2401.04679")
 class SumExperts(AbstractExperts):
     """E sums of updates of other families (RoSA: lora and sparse).
 
-    Limitations: parts must be linear updates that are added to the layer's output; a
-    sum has no PEFT format and no low-rank factors, even where its parts have.
+    Limitations: parts must be linear updates that are added to the layer's output, and
+    share no tensors among layers; a sum has no PEFT format and no low-rank factors,
+    even where its parts have.
 
     Args:
         config: Settings.
@@ -105,13 +107,6 @@ class SumExperts(AbstractExperts):
         ]
         self.parts = nn.ModuleList(found)
         self.starts_at_zero = all(part.starts_at_zero for part in found)
-        # with and without the path inside the sum
-        self.frozen = tuple(
-            prefix + name
-            for i, part in enumerate(found)
-            for name in part.frozen
-            for prefix in ("", f"parts.{i}.")
-        )
 
     def _parts(self) -> list[AbstractExperts]:
         found = []
@@ -176,4 +171,13 @@ def _part(raw: Mapping[str, Any], count: int, where: str) -> ExpertsConfig:
             f"{where}.kind: {raw['kind']} {what if family.linear else 'is nonlinear'}, "
             f"so the result would be no sum of updates; one of {names}"
         )
-    return family.Config.from_dict({**raw, "num_experts": count}, where)
+    config = family.Config.from_dict({**raw, "num_experts": count}, where)
+    scopes = config.scopes() if isinstance(config, FactorConfig) else {}
+    wide = sorted(name for name, scope in scopes.items() if scope != "experts")
+    if wide:
+        raise ConfigError(
+            f"{where}.shared: {', '.join(wide)} would be shared among layers, which "
+            f"parts of a sum are not; set shared: [{', '.join(wide)}], which shares "
+            "within a layer, or leave the scope out"
+        )
+    return config

@@ -332,6 +332,17 @@ def test_growing_refuses_a_fixed_number_of_experts(tiny_llama: Factory) -> None:
         assert torch.equal(site.experts.value("A")[:E], old[f"{path}.experts.A"])  # type: ignore
 
 
+def test_layers_that_share_a_tensor_start_it_alike() -> None:
+    raw = {
+        "target_modules": ["0", "1"],
+        "experts": {"kind": "lora", "r": 2, "shared": {"A": "model"}},
+        "overrides": [{"match": "1", "experts": {"init_lora_weights": "gaussian"}}],
+    }
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
+    with pytest.raises(WrapError, match="different settings of init_lora_weights"):
+        molora.wrap(model, molora.AdapterConfig.from_dict(raw))
+
+
 def test_masks_by_magnitude_inside_magnitudes() -> None:
     inner = {"kind": "lora", "r": 2, "trainability": {"B": "masked"}}
     settings = {"kind": "dora", "inner": inner}

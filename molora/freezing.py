@@ -8,7 +8,6 @@
 Legend: E experts
 """
 
-import re
 from typing import Literal
 
 import torch
@@ -16,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from molora.errors import WrapError
+from molora.experts import AbstractExperts
 from molora.layer import MoloraLinear
 
 Train = Literal["all", "router", "newest"]
 
+_HALVES = ("original0", "original1")
+"""Names of the parts of a split parameter, old rows and last row."""
 _NEW = ".original1"
 """How the name of the part that stays trainable ends; see ``_NewestRow``."""
 
@@ -40,7 +42,7 @@ def split_newest(site: MoloraLinear) -> None:
     """Keep the last expert and its row of the router apart from the others.
 
     Raises:
-        WrapError: The site has one expert.
+        WrapError: The site has one expert, or experts that cannot be kept apart.
     """
     count = site.experts.num_experts
     if count == 1:
@@ -52,6 +54,11 @@ def split_newest(site: MoloraLinear) -> None:
         for module in list(part.modules()) if part is not None else ():
             for name, values in list(module.named_parameters(recurse=False)):
                 if values.dim() and values.shape[0] == count:
+                    if hasattr(nn.ModuleDict, name):
+                        raise WrapError(
+                            f"site {site.path!r}: train: newest cannot keep the "
+                            f"{name} of {type(module).__name__} apart; set train: all"
+                        )
                     parametrize.register_parametrization(module, name, _NewestRow())
 
 
@@ -78,11 +85,25 @@ def set_trainable(site: MoloraLinear, train: Train, trainable: bool = True) -> N
         train: What is trained.
         trainable: False freezes everything.
     """
+    frozen = _frozen(site.experts)
     for name, values in site.experts.named_parameters():
         trained = train == "all" or (train == "newest" and name.endswith(_NEW))
-        # with train: newest a name is parametrizations.A.original1
-        plain = re.sub(r"parametrizations\.(.+)\.original[01]$", r"\1", name)
-        kept = plain in site.experts.frozen
-        values.requires_grad_(trainable and trained and not kept)
+        values.requires_grad_(trainable and trained and _plain(name) not in frozen)
     for name, values in site.router.named_parameters() if site.router else ():
         values.requires_grad_(trainable and (train != "newest" or name.endswith(_NEW)))
+
+
+def _frozen(experts: AbstractExperts) -> set[str]:
+    """Names of all parameters that are never trained, those of inner families too."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in experts.named_modules()
+        if isinstance(part, AbstractExperts)
+        for name in part.frozen
+    }
+
+
+def _plain(name: str) -> str:
+    """A name without what ``train: newest`` puts into it."""
+    kept = [p for p in name.split(".") if p not in ("parametrizations", *_HALVES)]
+    return ".".join(kept)

@@ -21,7 +21,8 @@ from torch import nn
 
 from molora.config import AdapterConfig
 from molora.errors import ConfigError, WrapError
-from molora.experts import FactorExperts
+from molora.experts import AbstractExperts, FactorExperts
+from molora.experts.start import StartedExperts
 from molora.freezing import set_trainable, split_newest, whole_parameters
 from molora.layer import MoloraLinear
 from molora.model import sites
@@ -78,12 +79,7 @@ def _check(site: MoloraLinear) -> None:
             f"site {site.path!r} has one expert and no router to extend; wrap the base "
             "with two experts, or bring several in with molora.import_peft"
         )
-    if type(site.experts).frozen:
-        raise WrapError(
-            f"site {site.path!r}: the start of {type(site.experts).__name__} depends "
-            "on the number of experts, so none can be added; use lora experts"
-        )
-    _check_factors(site)
+    _check_experts(site)
     if router.bias_E is not None:
         raise WrapError(
             f"site {site.path!r}: the selection bias moves with the load of all "
@@ -104,14 +100,38 @@ def _check(site: MoloraLinear) -> None:
         )
 
 
-def _check_factors(site: MoloraLinear) -> None:
-    experts = site.experts
-    if isinstance(experts, FactorExperts) and (experts.places or experts.masked()):
-        raise WrapError(
-            f"site {site.path!r}: its tensors are shared among layers, seeded or "
-            "masked, which fixes the number of experts; growing needs experts.shared "
-            "within a layer and no trainability but frozen"
-        )
+def _check_experts(site: MoloraLinear) -> None:
+    """Refuse experts, or parts of them, that are made for a fixed number of experts."""
+    for part in site.experts.modules():
+        if not isinstance(part, AbstractExperts):
+            continue
+        name = f"site {site.path!r}: {type(part).__name__}"
+        if type(part).frozen:
+            raise WrapError(
+                f"{name} start from what depends on the number of experts, so none "
+                "can be added; use lora experts"
+            )
+        places = isinstance(part, FactorExperts) and part.places
+        if places or any(True for _ in part.buffers(recurse=False)):
+            raise WrapError(
+                f"{name} have tensors that are shared among layers, seeded, masked or "
+                "sparse, which fixes the number of experts; growing needs "
+                "experts.shared within a layer and no trainability but frozen"
+            )
+        if isinstance(part, FactorExperts) and not _starts_at_zero(part):
+            raise WrapError(
+                f"{name} share {', '.join(part.config.scopes())}, which has been "
+                "trained, so a new expert would not start at zero; growing needs "
+                "shared tensors that are not zero at the start"
+            )
+
+
+def _starts_at_zero(experts: FactorExperts) -> bool:
+    """Whether a new expert has no update beside tensors that were trained."""
+    shared = experts.config.scopes()
+    if isinstance(experts, StartedExperts) and experts.correction:
+        return not shared
+    return not shared.keys() & set(experts.config.zero_tensors())
 
 
 def _grown_config(config: AdapterConfig, task: str | None) -> AdapterConfig:
@@ -174,5 +194,9 @@ def _grown(site: MoloraLinear, config: AdapterConfig, seed: int) -> MoloraLinear
         if old is site.router:
             for name, values in whole_parameters(new).items():
                 values[-1] = before[name].mean(0)
+    for part in twin.experts.modules():
+        if isinstance(part, StartedExperts) and part.correction:
+            # a randomised start is another one with another seed
+            part.A[-1], part.Bt[-1] = part.A_start[0], part.Bt_start[0]
     split_newest(twin)
     return twin

@@ -43,8 +43,9 @@ def mask_by_magnitude(model: nn.Module, density: float) -> int:
         raise WrapError(f"density={density} is not in (0, 1]")
     pairs: list[tuple[Tensor, Tensor]] = []
     for site in found:
-        if isinstance(site.experts, FactorExperts):
-            pairs += site.experts.masked().values()
+        for part in site.experts.modules():
+            if isinstance(part, FactorExperts):
+                pairs += part.masked().values()
     if not pairs:
         raise WrapError(
             "no tensor of this model is masked; set experts.trainability, for example "

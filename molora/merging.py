@@ -136,8 +136,9 @@ def check_choice(quantised: bool, base: str | None, given: bool = True) -> None:
         told = "say which" if base is None else f"{base!r} is neither"
         raise WrapError(
             "merge: the base is quantised, so the update can be added to two weights: "
-            "base='dequantised', the rounded ones that it was trained on, or "
-            f"base='original', those before quantisation, which are nearer to the "
+            "base='dequantised' (--base dequantised), the rounded ones that it was "
+            "trained on, or base='original' (--base original), those before "
+            "quantisation, which are nearer to the "
             f"model but were not what it was trained on; {told}"
         )
     if base == "original" and not given:

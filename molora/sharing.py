@@ -156,6 +156,11 @@ def _check_same(
         ("trainability", two.trainability.get(name), one.trainability.get(name)),
         ("density", two.density, one.density),
         ("projection_prng_key", two.projection_prng_key, one.projection_prng_key),
+        *(
+            (start, getattr(two, start, None), getattr(one, start, None))
+            for start, of in (("init_lora_weights", "A"), ("d_initial", "lambda_d"))
+            if name == of
+        ),
     ):
         if mine != theirs:
             raise WrapError(

@@ -14,6 +14,7 @@ from molora.errors import ConfigError, WrapError
 from molora.model import adapter_parameters, sites
 
 Factory = Callable[..., PreTrainedModel]
+MASKED = {"B": "masked"}
 IDS = torch.arange(1, 25).view(2, 12)
 FAMILIES: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 3},
@@ -201,6 +202,58 @@ def test_what_cannot_grow_is_refused() -> None:
         molora.grow(molora.wrap(plain, molora.AdapterConfig.from_dict(single)))
     with pytest.raises(WrapError, match="no molora adapter"):
         molora.grow(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("experts", "told"),
+    [
+        ({"kind": "sparse", "density": 0.5, "exact": True}, "SparseExperts"),
+        ({"kind": "dora", "inner": {"kind": "vera", "r": 3}}, "VeRAExperts"),
+        (
+            {"kind": "dora", "inner": {"kind": "lora", "trainability": MASKED}},
+            "LoRAExperts",
+        ),
+        (
+            {"kind": "sum", "parts": [{"kind": "goat", "r": 2}, {"kind": "lora"}]},
+            "GOATExperts",
+        ),
+        ({"kind": "lora", "shared": ["B"]}, "share B.*not start at zero"),
+    ],
+)
+def test_experts_inside_others_that_cannot_grow_are_refused(
+    experts: dict[str, Any], told: str
+) -> None:
+    config = molora.AdapterConfig.from_dict(raw(experts, ["0"]))
+    layer = molora.wrap(nn.Sequential(nn.Linear(12, 9)), config)
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    with pytest.raises(WrapError, match=told):
+        molora.grow(layer, seed=1)
+    after = dict(layer.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], p) for name, p in after.items())
+
+
+def test_sparse_experts_are_not_kept_apart() -> None:
+    config = {**raw({"kind": "sparse", "density": 0.5}, ["0"]), "train": "newest"}
+    layer = nn.Sequential(nn.Linear(12, 9))
+    with pytest.raises(WrapError, match="newest cannot keep the values of Sparse"):
+        molora.wrap(layer, molora.AdapterConfig.from_dict(config))
+    assert type(layer[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_1"])
+def test_a_start_from_the_weight_is_that_of_the_old_experts(init: str) -> None:
+    experts = {"kind": "lora", "r": 3, "init_lora_weights": init}
+    config = molora.AdapterConfig.from_dict(raw(experts, ["0"]))
+    layer = molora.wrap(nn.Sequential(nn.Linear(12, 9)), config, seed=1)
+    randomise(layer, only_trained=True)
+    site: Any = sites(layer)["0"]
+    before = [site.experts.delta_weight(e).clone() for e in range(4)]
+    molora.grow(layer, seed=2)
+    site = sites(layer)["0"]
+    for e, delta in enumerate(before):
+        assert torch.equal(site.experts.delta_weight(e), delta)
+    assert site.experts.delta_weight(4).abs().max() < 1e-6
 
 
 def test_what_would_move_the_old_experts_is_refused() -> None:

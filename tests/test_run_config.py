@@ -178,7 +178,7 @@ def test_wrong_overrides(file: Path, override: str, message: str) -> None:
             "num_expert",
             "adapter.experts.num_expert: unknown.* 'num_experts'",
         ),
-        ("kind: lora", "kind: lore", "adapter.experts.kind: .*Did you mean 'lora'"),
+        ("kind: lora", "kind: loraa", "adapter.experts.kind: .*Did you mean 'lora'"),
         ("top_k: 2", "topk: 2", "adapter.router.topk: unknown.* 'top_k'"),
         ("top_k: 2", "top_k: 5", "adapter.*router.top_k=5 exceeds num_experts=4"),
         ("kind: topk", "kind: topkk", "adapter.router.kind: .*Did you mean 'topk'"),

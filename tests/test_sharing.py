@@ -358,3 +358,29 @@ def test_a_router_that_reads_factors_sees_those_of_the_owner_change() -> None:
         owner.experts.A.copy_(torch.randn(1, R, 12))  # type: ignore[operator]
     after = follower.router.directions()  # type: ignore[union-attr, operator]
     assert (after - before).abs().max() > 0.1
+
+
+def test_layers_that_share_a_tensor_start_it_alike() -> None:
+    raw = {
+        "target_modules": ["0", "1"],
+        "experts": {"kind": "lora", "r": 2, "shared": {"A": "model"}},
+        "overrides": [{"match": "1", "experts": {"init_lora_weights": "gaussian"}}],
+    }
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
+    with pytest.raises(WrapError, match="different settings of init_lora_weights"):
+        molora.wrap(model, molora.AdapterConfig.from_dict(raw))
+
+
+def test_masks_by_magnitude_inside_magnitudes() -> None:
+    inner = {"kind": "lora", "r": 2, "trainability": {"B": "masked"}}
+    settings = {"kind": "dora", "inner": inner}
+    raw = {"target_modules": ["0"], "experts": settings}
+    model = molora.wrap(
+        torch.nn.Sequential(torch.nn.Linear(6, 5)), molora.AdapterConfig.from_dict(raw)
+    )
+    experts: Any = sites(model)["0"].experts
+    values = torch.arange(1.0, 11.0).view(1, 2, 5)
+    experts.inner.Bt.data.copy_(values)
+    assert molora.mask_by_magnitude(model, 0.3) == 3
+    assert torch.equal(experts.inner.mask_Bt, values > 7)
+    assert not experts.inner.Bt.any()

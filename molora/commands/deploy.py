@@ -104,6 +104,7 @@ def merge(config: RunConfig, adapter: Path, output: Path, base: str | None) -> N
         tokenizer.save_pretrained(folder)
         # marks the folder as ours, which a later merge may replace
         write_manifest(folder, {"base_model": config.model.name})
+    session.note(f"Read {adapter}")
     session.note(f"Wrote {output}")
     for name in MergeCost._fields:
         far = [value for cost in costs if (value := getattr(cost, name)) is not None]
@@ -131,6 +132,7 @@ def export(
     session.require_other(adapter, output)
     model, _ = session.trained(config, adapter)
     written = molora.export_peft(model, output, rank)
+    session.note(f"Read {adapter}")
     session.note(f"Wrote {output} ({written.peft_type})")
     if rank is None:
         return

@@ -140,6 +140,8 @@ def validate(config: RunConfig, deep: bool) -> None:
         session.give_adapter(config, model)
         build_mixture(config.data, tokenizer).summary.print(session.out)
         session.eval_sets(config, tokenizer)
+    else:
+        session.note("--deep also loads the base model, wraps it and reads every row")
     session.say("valid")
 
 

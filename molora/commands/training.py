@@ -37,6 +37,8 @@ def train(config: RunConfig, resume: bool) -> None:
             "with start_from: what molora import, molora grow or another run wrote"
         )
     arguments, settings = build_arguments(config.training)
+    if config.load_router:
+        session.note("load_router is for loading; training uses adapter.router")
     model, tokenizer = session.base(config)
     mixture = build_mixture(config.data, tokenizer)
     mixture.summary.print(session.out)

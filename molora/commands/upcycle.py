@@ -61,7 +61,7 @@ def import_peft(
     )
     model.save_pretrained(output)
     count = next(iter(sites(model).values())).experts.num_experts
-    session.note(f"{len(sites(model))} target layers, {count} experts each")
+    session.note(f"{len(sites(model))} target layers, {_told(count)} each")
     session.note(f"Wrote {output}; train it with start_from={output}")
 
 
@@ -83,8 +83,12 @@ def grow(config: RunConfig, adapter: Path, output: Path, task: str | None) -> No
     molora.grow(molora.load(model, adapter), seed=config.seed, task=task)
     model.save_pretrained(output)
     count = next(iter(sites(model).values())).experts.num_experts
-    session.note(f"{len(sites(model))} target layers, {count} experts each")
+    session.note(f"{len(sites(model))} target layers, {_told(count)} each")
     session.note(f"Wrote {output}; train the new one with start_from={output}")
+
+
+def _told(count: int) -> str:
+    return "1 expert" if count == 1 else f"{count} experts"
 
 
 def _router(text: str | None) -> dict[str, Any] | Path | None:

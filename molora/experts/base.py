@@ -48,7 +48,7 @@ class AbstractExperts(nn.Module, abc.ABC):
     starts_at_zero: bool = True
     """Whether the update is zero before training."""
     frozen: tuple[str, ...] = ()
-    """Parameters that are saved and never trained."""
+    """Parameters of its own that are saved and never trained."""
     linear: ClassVar[bool] = True
     """Whether an expert is a change of weight and bias, so that it can be merged."""
     adds: ClassVar[bool] = False

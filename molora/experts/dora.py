@@ -109,7 +109,6 @@ class DoRAExperts(AbstractExperts):
             **({"places": places} if places else {}),
         )
         self.starts_at_zero = self.inner.starts_at_zero
-        self.frozen = tuple(f"inner.{name}" for name in self.inner.frozen)
         self.magnitude = nn.Parameter(torch.ones(self.num_experts, out_features))
 
     @torch.no_grad()

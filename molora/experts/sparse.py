@@ -138,8 +138,10 @@ class SparseExperts(AbstractExperts):
                 ``score.flatten().topk(n).indices``.
 
         Raises:
-            WrapError: Another number of places, one twice, or one that is none.
+            WrapError: No such expert, or places that are none, double or not as many.
         """
+        if expert not in range(self.num_experts):
+            raise WrapError(f"set_mask: no expert {expert} among {self.num_experts}")
         had = self.indices.shape[1]
         chosen = indices.sort().values
         if chosen.shape != (had,) or bool((chosen[1:] == chosen[:-1]).any()):

@@ -26,8 +26,9 @@ from molora.experts.factor_config import FactorConfig
 class SumExperts(AbstractExperts):
     """E sums of updates of other families (RoSA: lora and sparse).
 
-    Limitations: parts must be linear updates that are added to the layer's output; a
-    sum has no PEFT format and no low-rank factors, even where its parts have.
+    Limitations: parts must be linear updates that are added to the layer's output, and
+    share no tensors among layers; a sum has no PEFT format and no low-rank factors,
+    even where its parts have.
 
     Args:
         config: Settings.
@@ -106,9 +107,6 @@ class SumExperts(AbstractExperts):
         ]
         self.parts = nn.ModuleList(found)
         self.starts_at_zero = all(part.starts_at_zero for part in found)
-        self.frozen = tuple(
-            f"parts.{i}.{name}" for i, part in enumerate(found) for name in part.frozen
-        )
 
     def _parts(self) -> list[AbstractExperts]:
         found = []
@@ -175,10 +173,11 @@ def _part(raw: Mapping[str, Any], count: int, where: str) -> ExpertsConfig:
         )
     config = family.Config.from_dict({**raw, "num_experts": count}, where)
     scopes = config.scopes() if isinstance(config, FactorConfig) else {}
-    wide = [name for name, scope in scopes.items() if scope != "experts"]
+    wide = sorted(name for name, scope in scopes.items() if scope != "experts")
     if wide:
         raise ConfigError(
-            f"{where}.shared: layers share {' and '.join(wide)}, which a part of a sum "
-            "cannot; share among the experts of a layer, or not at all"
+            f"{where}.shared: {', '.join(wide)} would be shared among layers, which "
+            f"parts of a sum are not; set shared: [{', '.join(wide)}], which shares "
+            "within a layer, or leave the scope out"
         )
     return config

@@ -200,7 +200,8 @@ def _instead(experts: AbstractExperts) -> str:
     if not experts.linear:
         return "they are no change of a weight, so no LoRA comes near; save_pretrained"
     return (
-        "give export_peft a rank for a LoRA that comes near them, or molora.merge "
+        "give export_peft a rank (--rank) for a LoRA that comes near them, or "
+        "molora.merge "
         "folds one expert into the base exactly"
     )
 

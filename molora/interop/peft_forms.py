@@ -66,7 +66,7 @@ def write_forms(
             if isinstance(site.base, Conv1D):
                 raise WrapError(
                     f"site {path!r} is a Conv1D, on which PEFT does not put {kind}; "
-                    "give export_peft a rank for a LoRA that comes near it"
+                    "give export_peft a rank (--rank) for a LoRA that comes near it"
                 )
     tensors = {
         f"base_model.model.{path}.{name}": values
@@ -137,8 +137,8 @@ def _form(site: MoloraLinear, expert: int) -> PeftForm:
         return site.experts.to_peft(expert)
     except WrapError as error:
         raise WrapError(
-            f"site {site.path!r}: {error}; or give export_peft a rank for a LoRA that "
-            "comes near it"
+            f"site {site.path!r}: {error}; or give export_peft a rank (--rank) for a "
+            "LoRA that comes near it"
         ) from None
 
 
@@ -191,6 +191,7 @@ def _model_tensors(forms: Mapping[str, PeftForm]) -> dict[str, Tensor]:
                 raise WrapError(
                     f"site {path!r} has {name} of its own, which PEFT's "
                     f"{form.peft_type} has once for all layers; share it among the "
-                    "layers, or give export_peft a rank for a LoRA of every layer"
+                    "layers, or give export_peft a rank (--rank) for a LoRA of every "
+                    "layer"
                 )
     return found

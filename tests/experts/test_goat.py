@@ -104,5 +104,5 @@ def test_it_is_collapsed_by_its_mean(tiny_llama: Factory) -> None:
 def test_mistakes(tiny_llama: Factory) -> None:
     with pytest.raises(WrapError, match="32 singular values .* segments of 3"):
         wrapped(tiny_llama(), E=9, r=4)
-    with pytest.raises(WrapError, match=r"GOATExperts depends.*lora experts"):
+    with pytest.raises(WrapError, match=r"start from what depends.*lora experts"):
         molora.grow(wrapped(tiny_llama()))

@@ -132,6 +132,8 @@ def test_another_mask() -> None:
         site.experts.set_mask(0, torch.zeros(48, dtype=torch.long))
     with pytest.raises(WrapError, match="places are 0 to 559; got 520 to 567"):
         site.experts.set_mask(0, torch.arange(520, 568))
+    with pytest.raises(WrapError, match="no expert -1 among 2"):
+        site.experts.set_mask(-1, torch.arange(48))
 
 
 def test_nothing_dense_is_kept_nor_computed() -> None:

@@ -139,10 +139,33 @@ def test_it_is_saved_loaded_merged_and_overridden(tmp_path: Path) -> None:
         ([*ROSA, {"kind": "lor"}], r"experts\.parts\[2\]\.kind: .*Did you mean"),
         ([*ROSA, {"kind": "lora", "rank": 1}], r"parts\[2\]\.rank: unknown field"),
         ([*ROSA, {"kind": "lora", "num_experts": 2}], r"\[2\]\.num_experts: all parts"),
-        ([*ROSA, {"kind": "lotr"}], r"parts\[2\]\.shared: layers share .* cannot"),
+        (
+            [*ROSA, {"kind": "lotr"}],
+            r"parts\[2\]\.shared: A, B would be shared",
+        ),
         ([ROSA[0], {"kind": "sparse"}], r"parts\[1\].*density: set it or r"),
     ],
 )
 def test_what_is_no_part_is_refused(parts: list[Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         site_of({"kind": "sum", "parts": parts}, *layer_of(20, 28), E=4)
+
+
+def test_a_frozen_part_leaves_the_others_trained() -> None:
+    parts = [{"kind": "lora", "trainability": {"A": "frozen"}}, {"kind": "lora"}]
+    site = site_of({"kind": "sum", "parts": parts}, *layer_of(20, 28))
+    trained = {n for n, p in site.experts.named_parameters() if p.requires_grad}
+    assert trained == {"parts.0.Bt", "parts.1.A", "parts.1.Bt"}
+    # r O of the first part, r (I + O) of the second
+    assert site.experts.count() == 8 * 20 + 8 * 48
+
+
+@pytest.mark.parametrize(
+    "part", [{"kind": "lora", "shared": {"A": "type"}}, {"kind": "vera", "r": 4}]
+)
+def test_a_part_shares_nothing_among_layers(part: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"parts\[0\]\.shared: A.*set shared: \[A"):
+        site_of({"kind": "sum", "parts": [part, *ROSA]}, *layer_of(20, 28))
+    within = {**part, "shared": list(part.get("shared", ("A", "B")))}
+    site = site_of({"kind": "sum", "parts": [within, *ROSA]}, *layer_of(20, 28), E=3)
+    assert len(site.experts.parts[0].A) == 1

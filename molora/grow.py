@@ -197,6 +197,8 @@ def _grown(site: MoloraLinear, config: AdapterConfig, seed: int) -> MoloraLinear
     for part in twin.experts.modules():
         if isinstance(part, StartedExperts) and part.correction:
             # a randomised start is another one with another seed
-            part.A[-1], part.Bt[-1] = part.A_start[0], part.Bt_start[0]
+            values = dict(part.named_parameters())
+            for name in ("A", "Bt"):
+                values[name][-1] = values[f"{name}_start"][0]
     split_newest(twin)
     return twin

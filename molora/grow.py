@@ -197,8 +197,8 @@ def _grown(site: MoloraLinear, config: AdapterConfig, seed: int) -> MoloraLinear
     for part in twin.experts.modules():
         if isinstance(part, StartedExperts) and part.correction:
             # a randomised start is another one with another seed
-            values = dict(part.named_parameters())
+            own = dict(part.named_parameters())
             for name in ("A", "Bt"):
-                values[name][-1] = values[f"{name}_start"][0]
+                own[name][-1] = own[f"{name}_start"][0]
     split_newest(twin)
     return twin

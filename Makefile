@@ -41,7 +41,7 @@ lint: $(DEV)
 
 # bench_gpu.py is left out: it needs a GPU
 bench: $(DEV)
-	set -e; for name in smollm2 lowrank_mixture systems; do \
+	set -e; for name in smollm2 lowrank_mixture shared_shrink families systems; do \
 		$(BIN)/python tests/benchmarks/bench_$$name.py; done
 
 # compiles every Triton kernel for every target, without a GPU, and prints one table

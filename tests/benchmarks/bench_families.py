@@ -49,6 +49,13 @@ PEFT: dict[str, Callable[[int], Any]] = {
 """PEFT's config of a method, by the name of ours."""
 
 
+OWN_SIZE: dict[str, dict[str, Any]] = {
+    "boft": {"boft_block_size": 8},
+    "oft": {"oft_block_size": 32, "use_cayley_neumann": False},
+}
+"""Sizes of families that have no rank, those of PEFT's layers."""
+
+
 def settings(kind: str, experts: int, rank: int) -> dict[str, Any]:
     """The experts block of a family; fields without default come from configs/."""
     raw: dict[str, Any] = {"kind": kind, "num_experts": experts}
@@ -57,10 +64,11 @@ def settings(kind: str, experts: int, rank: int) -> dict[str, Any]:
     for name, field in fields.items():
         if field.is_required() and name not in raw:
             raw[name] = next(b[name] for b in blocks if b["kind"] == kind)
-    raw |= {name: rank for name in ("r", "init_r") if name in fields}
     if "inner" in fields:
         raw["inner"] = {"kind": "lora", "r": rank}
-    return raw
+    if kind in OWN_SIZE:
+        return raw | OWN_SIZE[kind]
+    return raw | {name: rank for name in ("r", "init_r") if name in fields}
 
 
 class One(nn.Module):

@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import pydantic
-import torch
 from torch import Tensor
 
 from molora.experts.base import EXPERTS
 from molora.experts.diagonal import DiagonalExperts
 from molora.experts.factor_config import FactorConfig, Side
-from molora.experts.factors import Place, normal
+from molora.experts.factors import normal
 from molora.experts.peft_form import PeftForm
 
 
@@ -55,22 +54,11 @@ class AdaLoRAExperts(DiagonalExperts):
         lora_alpha: float = pydantic.Field(default=8.0, gt=0)
         """Numerator of the scale."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        in_features: int,
-        out_features: int,
-        generator: torch.Generator,
-        places: Mapping[str, Place] | None = None,
-    ):
-        super().__init__(
-            config,
-            in_features=in_features,
-            out_features=out_features,
-            generator=generator,
-            places=places,
-        )
+    config: Config
+
+    def build(self, in_features: int, out_features: int) -> None:
+        """See base class."""
+        config = self.config
         r = config.init_r
         self.scale = config.lora_alpha / (r + 1e-5)
         self.add("A", (r, in_features), normal(0.02))

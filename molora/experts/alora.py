@@ -10,7 +10,6 @@ Reference: Liu et al. 2024, arXiv:2403.16187, section 3.
 Shape legend: see base.py.
 """
 
-from collections.abc import Mapping
 from typing import Literal
 
 import pydantic
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from molora.experts.base import EXPERTS
 from molora.experts.diagonal import DiagonalExperts
 from molora.experts.factor_config import FactorConfig
-from molora.experts.factors import Place, uniform
+from molora.experts.factors import uniform
 
 
 @EXPERTS.register("alora", paper="arXiv:2403.16187")
@@ -50,22 +49,11 @@ class ALoRAExperts(DiagonalExperts):
         lora_alpha: float = pydantic.Field(default=16.0, gt=0)
         """Numerator of the scale lora_alpha / r, which the gates do not change."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        in_features: int,
-        out_features: int,
-        generator: torch.Generator,
-        places: Mapping[str, Place] | None = None,
-    ):
-        super().__init__(
-            config,
-            in_features=in_features,
-            out_features=out_features,
-            generator=generator,
-            places=places,
-        )
+    config: Config
+
+    def build(self, in_features: int, out_features: int) -> None:
+        """See base class."""
+        config = self.config
         r = config.r
         self.scale = config.lora_alpha / r
         self.add("A", (r, in_features), uniform(self.features("A")))

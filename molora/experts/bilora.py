@@ -22,13 +22,12 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import pydantic
-import torch
 from torch import Tensor
 
 from molora.experts.base import EXPERTS
 from molora.experts.diagonal import DiagonalExperts
 from molora.experts.factor_config import FactorConfig, Side
-from molora.experts.factors import Place, normal
+from molora.experts.factors import normal
 
 
 @EXPERTS.register("bilora", paper="arXiv:2403.13037")
@@ -65,22 +64,11 @@ class BiLoRAExperts(DiagonalExperts):
             """See base class."""
             return ("Lambda",) if self.singular_values == "raw" else ("B",)
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        in_features: int,
-        out_features: int,
-        generator: torch.Generator,
-        places: Mapping[str, Place] | None = None,
-    ):
-        super().__init__(
-            config,
-            in_features=in_features,
-            out_features=out_features,
-            generator=generator,
-            places=places,
-        )
+    config: Config
+
+    def build(self, in_features: int, out_features: int) -> None:
+        """See base class."""
+        config = self.config
         r, raw = config.r, config.singular_values == "raw"
         self.form = config.singular_values
         self.add("A", (r, in_features), normal(0.02))

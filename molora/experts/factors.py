@@ -22,6 +22,7 @@ optimizer and a checkpoint see each tensor once.
 Shape legend: see base.py.
 """
 
+import abc
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class Place(NamedTuple):
 class FactorExperts(BilinearExperts):
     """Bilinear experts whose tensors can be shared and kept from training.
 
-    A family calls ``add`` for every tensor in its constructor, and reads ``value`` in
+    A family calls ``add`` for every tensor in ``build``, and reads ``value`` in
     ``factors``.
 
     Args:
@@ -88,6 +89,19 @@ class FactorExperts(BilinearExperts):
         self._widths: dict[str, int] = {}
         # in a dict: the owner is no part of this module
         self._owners: dict[str, FactorExperts] = {}
+        self.build(in_features, out_features)
+
+    @abc.abstractmethod
+    def build(self, in_features: int, out_features: int) -> None:
+        """Make the tensors of this layer, with ``add``, and what goes with them.
+
+        Args:
+            in_features: I.
+            out_features: O.
+
+        Raises:
+            WrapError: Sizes that the family cannot take.
+        """
 
     def features(self, name: str) -> int:
         """I or O of the widest layer that reads a tensor."""

@@ -16,7 +16,6 @@ gradient is zero, because each one's gradient is a multiple of the other.
 Shape legend: see base.py.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 import pydantic
@@ -26,7 +25,7 @@ from torch import Tensor
 from molora.errors import WrapError
 from molora.experts.base import EXPERTS
 from molora.experts.factor_config import FactorConfig
-from molora.experts.factors import FactorExperts, Place, uniform
+from molora.experts.factors import FactorExperts, uniform
 from molora.experts.start import (
     StartedExperts,
     check_init,
@@ -51,8 +50,6 @@ class LoRAExperts(StartedExperts, FactorExperts):
         generator: Source of the initial values of A.
         places: See ``FactorExperts``.
     """
-
-    config: "Config"
 
     class Config(FactorConfig):
         """Settings of LoRA experts."""
@@ -125,22 +122,11 @@ class LoRAExperts(StartedExperts, FactorExperts):
             power = 0.5 if self.use_rslora else 1.0
             return [a / r**power for a, r in zip(alphas, self.ranks(), strict=True)]
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        in_features: int,
-        out_features: int,
-        generator: torch.Generator,
-        places: Mapping[str, Place] | None = None,
-    ):
-        super().__init__(
-            config,
-            in_features=in_features,
-            out_features=out_features,
-            generator=generator,
-            places=places,
-        )
+    config: Config
+
+    def build(self, in_features: int, out_features: int) -> None:
+        """See base class."""
+        config = self.config
         self.ranks = config.ranks()
         widest = max(self.ranks)
         self.add("A", (widest, in_features), uniform(self.features("A")))
@@ -148,7 +134,7 @@ class LoRAExperts(StartedExperts, FactorExperts):
         if len(set(self.ranks)) > 1:
             for expert, rank in enumerate(self.ranks):
                 self.value("A").data[expert, rank:] = 0
-        self._begin(generator)
+        self._begin(self._generator)
         scales = config.scales()
         self.scale: float | None = scales[0] if len(set(scales)) == 1 else None
         self.scale_E = torch.tensor(scales)

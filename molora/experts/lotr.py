@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import pydantic
-import torch
 from torch import Tensor
 
 from molora.experts.base import EXPERTS
 from molora.experts.factor_config import FactorConfig, Side
-from molora.experts.factors import FactorExperts, Place, normal
+from molora.experts.factors import FactorExperts, normal
 
 
 @EXPERTS.register("lotr", paper="arXiv:2402.01376")
@@ -49,22 +48,11 @@ class LoTRExperts(FactorExperts):
         shared: list[str] | dict[str, str] = {"A": "type", "B": "type"}
         """See base class; all layers of a type share U and V."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        in_features: int,
-        out_features: int,
-        generator: torch.Generator,
-        places: Mapping[str, Place] | None = None,
-    ):
-        super().__init__(
-            config,
-            in_features=in_features,
-            out_features=out_features,
-            generator=generator,
-            places=places,
-        )
+    config: Config
+
+    def build(self, in_features: int, out_features: int) -> None:
+        """See base class."""
+        config = self.config
         r = config.r
         self.scale = config.lora_alpha / r
         self.add("A", (r, in_features), normal(1.0))

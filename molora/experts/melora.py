@@ -12,7 +12,6 @@ Reference: Ren et al. 2024, arXiv:2402.17263, equation 3.
 Shape legend: see base.py; n parts   R sum of their ranks.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 import pydantic
@@ -22,7 +21,7 @@ from torch import Tensor
 from molora.errors import WrapError
 from molora.experts.base import EXPERTS, dropout_seed
 from molora.experts.factor_config import FactorConfig
-from molora.experts.factors import FactorExperts, Place, uniform
+from molora.experts.factors import FactorExperts, uniform
 from molora.kernels import Layer, lowrank_mixture
 
 Rank = Annotated[int, pydantic.Field(ge=1)]
@@ -80,22 +79,11 @@ class MELoRAExperts(FactorExperts):
                 alphas = [alphas] * self.num_parts
             return [a / r for a, r in zip(alphas, self.ranks(), strict=True)]
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        in_features: int,
-        out_features: int,
-        generator: torch.Generator,
-        places: Mapping[str, Place] | None = None,
-    ):
-        super().__init__(
-            config,
-            in_features=in_features,
-            out_features=out_features,
-            generator=generator,
-            places=places,
-        )
+    config: Config
+
+    def build(self, in_features: int, out_features: int) -> None:
+        """See base class."""
+        config = self.config
         n, self.ranks = config.num_parts, config.ranks()
         self.part_scales = config.scales()
         for side, wide in (("inputs", in_features), ("outputs", out_features)):

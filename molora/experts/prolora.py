@@ -27,7 +27,7 @@ from torch import Tensor
 from molora.errors import WrapError
 from molora.experts.base import EXPERTS
 from molora.experts.factor_config import FactorConfig, Side
-from molora.experts.factors import FactorExperts, Place, uniform
+from molora.experts.factors import FactorExperts, uniform
 
 
 @EXPERTS.register("prolora", paper="arXiv:2402.16902")
@@ -91,22 +91,11 @@ class PRoLoRAExperts(FactorExperts):
             """See base class."""
             return tuple(self.TENSORS) if self.unshared_r else ("A", "B")
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        in_features: int,
-        out_features: int,
-        generator: torch.Generator,
-        places: Mapping[str, Place] | None = None,
-    ):
-        super().__init__(
-            config,
-            in_features=in_features,
-            out_features=out_features,
-            generator=generator,
-            places=places,
-        )
+    config: Config
+
+    def build(self, in_features: int, out_features: int) -> None:
+        """See base class."""
+        config = self.config
         r, u = config.r, config.unshared_r
         self.scale, self.unshared_r = config.lora_alpha / r, u
         self.chunks = {"A": config.in_chunks, "B": config.out_chunks}

@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import pydantic
-import torch
 from torch import Tensor
 
 from molora.experts.base import EXPERTS
 from molora.experts.diagonal import DiagonalExperts
 from molora.experts.factor_config import FactorConfig, Side
-from molora.experts.factors import Place, normal, uniform
+from molora.experts.factors import normal, uniform
 
 
 @EXPERTS.register("sora", paper="arXiv:2311.11696")
@@ -52,22 +51,11 @@ class SoRAExperts(DiagonalExperts):
         lora_alpha: float = pydantic.Field(default=16.0, gt=0)
         """Numerator of the scale lora_alpha / r."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        in_features: int,
-        out_features: int,
-        generator: torch.Generator,
-        places: Mapping[str, Place] | None = None,
-    ):
-        super().__init__(
-            config,
-            in_features=in_features,
-            out_features=out_features,
-            generator=generator,
-            places=places,
-        )
+    config: Config
+
+    def build(self, in_features: int, out_features: int) -> None:
+        """See base class."""
+        config = self.config
         r = config.r
         self.scale = config.lora_alpha / r
         self.add("A", (r, in_features), uniform(self.features("A")))

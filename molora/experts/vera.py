@@ -25,7 +25,7 @@ from torch import Tensor
 from molora.errors import WrapError
 from molora.experts.base import EXPERTS
 from molora.experts.factor_config import FactorConfig, Side, Trained
-from molora.experts.factors import FactorExperts, Place, uniform
+from molora.experts.factors import FactorExperts, uniform
 from molora.experts.peft_form import PeftForm
 
 _GAIN = 6**0.5
@@ -73,22 +73,11 @@ class VeRAExperts(FactorExperts):
         }
         """See base class; the projections are not trained."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        in_features: int,
-        out_features: int,
-        generator: torch.Generator,
-        places: Mapping[str, Place] | None = None,
-    ):
-        super().__init__(
-            config,
-            in_features=in_features,
-            out_features=out_features,
-            generator=generator,
-            places=places,
-        )
+    config: Config
+
+    def build(self, in_features: int, out_features: int) -> None:
+        """See base class."""
+        config = self.config
         r = config.r
         self.add("A", (r, in_features), uniform(self.features("A"), _GAIN))
         self.add("B", (r, out_features), _draw_up)

@@ -69,7 +69,7 @@ def test_one_expert_is_what_others_compute(name: str) -> None:
 
 def test_whole_factors_have_the_scale_that_is_set() -> None:
     t, hyper = vector("lycoris_lokr_full_full")
-    check(t, hyper, {"kind": "lokr", "r": None, "alpha": 1.0})
+    assert check(t, hyper, {"kind": "lokr", "r": None, "alpha": 1.0}) is not None
 
 
 MIXTURES: list[tuple[tuple[int, int], dict[str, Any]]] = [

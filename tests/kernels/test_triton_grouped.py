@@ -32,7 +32,7 @@ def run(
     return [y, *(gradient for gradient in gradients if gradient is not None)]
 
 
-def check(call: Call, limit: float = 1e-5, seed: int = 1) -> None:
+def check(call: Call, limit: float = 1e-5, seed: int = 1) -> bool:
     """Compare the result and all gradients."""
     g = torch.Generator().manual_seed(seed)
     dy = torch.randn(len(call.x), call.Bt.shape[2], generator=g).to(call.x.dtype)
@@ -42,6 +42,7 @@ def check(call: Call, limit: float = 1e-5, seed: int = 1) -> None:
         ("y", "dx", "dA", "dBt", "dgates"), found, wanted, strict=True
     ):
         assert error(one, other) < limit, name
+    return True
 
 
 @pytest.mark.parametrize(
@@ -57,14 +58,14 @@ def check(call: Call, limit: float = 1e-5, seed: int = 1) -> None:
     ],
 )
 def test_definition(T: int, I: int, O: int, E: int, r: int, K: int) -> None:  # noqa: E741
-    check(make(T, I, O, E, r, K))
+    assert check(make(T, I, O, E, r, K))
 
 
 def test_all_tokens_to_one_expert_and_none_to_others() -> None:
     call = make(70, 24, 20, 6, 4, 2)
     gates = torch.zeros_like(call.gates)
     gates[:, 4] = torch.linspace(-1, 1, 70)
-    check(call._replace(gates=gates))
+    assert check(call._replace(gates=gates))
     dy = torch.ones(70, 20)
     _, _, dA, dBt, dgates = run(call._replace(gates=gates), dy)
     unused = [0, 1, 2, 3, 5]
@@ -77,22 +78,22 @@ def test_tokens_with_fewer_experts_and_with_none() -> None:
     gates = call.gates.clone()
     gates[::3] = 0
     gates[1::3, :4] = 0
-    check(call._replace(gates=gates))
+    assert check(call._replace(gates=gates))
 
 
 @pytest.mark.parametrize("shared", ["A", "Bt"])
 def test_shared_factor(shared: str) -> None:
     call = make(40, 24, 20, 6, 4, 2)
-    check(call._replace(**{shared: getattr(call, shared)[:1].clone()}))
+    assert check(call._replace(**{shared: getattr(call, shared)[:1].clone()}))
 
 
 def test_strides_scale_and_no_base() -> None:
     call = make(40, 24, 20, 6, 4, 2)
     padded = torch.randn(40, 31)[:, 3:27]
-    check(call._replace(x=padded, scale=1.5, base=None))
+    assert check(call._replace(x=padded, scale=1.5, base=None))
     turned = torch.randn(24, 40).t()
     wide = torch.randn(40, 50)[:, ::2][:, :20]
-    check(call._replace(x=turned, base=wide))
+    assert check(call._replace(x=turned, base=wide))
 
 
 def test_no_tokens() -> None:

@@ -50,14 +50,14 @@ def test_converged(name: str, dtype: torch.dtype) -> None:
     x = t["x"].to(dtype).requires_grad_()
     y = model(x)
     (y * t["c"].to(dtype)).sum().backward()
-    near(y.detach(), t["y"], "y")
+    assert near(y.detach(), t["y"], "y")
     routing = site.router(x.detach().flatten(0, 1), ForwardContext())
-    near(routing.gates.view_as(t["gates"]), t["gates"], "gates")
+    assert near(routing.gates.view_as(t["gates"]), t["gates"], "gates")
     scores = routing.logits * float(t["temperature"])
-    near(scores.view_as(t["scores"]), t["scores"], "scores")
-    near(x.grad, t["grad.x"], "x")
-    near(site.experts.A.grad, t["grad.A"], "A")
-    near(site.experts.Bt.grad.transpose(1, 2), t["grad.B"], "B")
+    assert near(scores.view_as(t["scores"]), t["scores"], "scores")
+    assert near(x.grad, t["grad.x"], "x")
+    assert near(site.experts.A.grad, t["grad.A"], "A")
+    assert near(site.experts.Bt.grad.transpose(1, 2), t["grad.B"], "B")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,13 +66,13 @@ def test_exact_directions(name: str, dtype: torch.dtype) -> None:
     t = load(name)
     model, site = built(t, dtype)
     x = t["x"].to(dtype)
-    near(model(x).detach(), t["alt.y_exact_prototypes"], "y")
+    assert near(model(x).detach(), t["alt.y_exact_prototypes"], "y")
     gates = site.router(x.flatten(0, 1), ForwardContext()).gates
     want = t["alt.gates_exact_prototypes"]
-    near(gates.view_as(want), want, "gates")
+    assert near(gates.view_as(want), want, "gates")
     v, exact = site.router.directions(), t["alt.prototypes_exact"]
     sign = (v * exact).sum(-1, keepdim=True).sign().to(dtype)
-    near(v * sign, exact, "directions")
+    assert near(v * sign, exact, "directions")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(site.router.directions(), v)
 

@@ -91,10 +91,10 @@ def test_gradients_against_the_definition(router: dict[str, Any], masked: bool) 
     own = torch.stack([logits[b, :, names.index(n)] for b, n in enumerate(rows)])
     loss = ((torch.logsumexp(logits, -1) - own) * m).sum() / m.sum()
     value = model.molora_runtime.stats["lin"].balance["domain"]
-    near(value, loss.detach(), "value")
+    assert near(value, loss.detach(), "value")
     dx, dr = torch.autograd.grad(0.7 * loss, leaves)
-    near(x.grad, dx, "x")
-    near(site.router.gate.weight.grad, dr, "router")
+    assert near(x.grad, dx, "x")
+    assert near(site.router.gate.weight.grad, dr, "router")
 
 
 def folders(base: Any, path: Path, count: int) -> list[Path]:

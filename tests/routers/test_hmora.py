@@ -71,7 +71,7 @@ def check_gradients(t: dict[str, Tensor], site: Any, dx: Tensor) -> None:
     assert names <= got.keys()
     for name, value in got.items():
         if name in names:
-            near(value, t[f"grad.{name}"], f"grad.{name}")
+            assert near(value, t[f"grad.{name}"], f"grad.{name}")
         else:
             assert not value.any(), name
 
@@ -82,9 +82,9 @@ def test_the_token_router_with_the_second_softmax(dtype: torch.dtype) -> None:
     router = {"top_k": int(t["top_k"]), "second_softmax": True}
     model, site = made(t, dtype, router, "switch")
     y, gates, dx = run(t, model, site, torch.ones(2, 24))
-    near(y, t["y"], "y")
-    near(gates, t["gates"], "gates")
-    near(model.molora_runtime.stats["lin"].balance["switch"], t["aux"], "aux")
+    assert near(y, t["y"], "y")
+    assert near(gates, t["gates"], "gates")
+    assert near(model.molora_runtime.stats["lin"].balance["switch"], t["aux"], "aux")
     check_gradients(t, site, dx)
 
 
@@ -95,8 +95,8 @@ def test_gates_are_divided_by_their_sum_unless_told_otherwise(
     t = load("hmora_topk")
     model, site = made(t, dtype, {"top_k": int(t["top_k"])}, "switch")
     y, gates, _ = run(t, model, site, torch.ones(2, 24))
-    near(y, t["alt.y_renormalised"], "y")
-    near(gates, t["alt.gates_renormalised"], "gates")
+    assert near(y, t["alt.y_renormalised"], "y")
+    assert near(gates, t["alt.gates_renormalised"], "gates")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,9 +104,9 @@ def test_the_hybrid_with_its_divergence(dtype: torch.dtype) -> None:
     t = load("hmora_hybrid")
     model, site = made(t, dtype, {"top_k": None}, "gjs")
     y, gates, dx = run(t, model, site, t["task_representation"])
-    near(y, t["y"], "y")
-    near(gates, t["gates"], "gates")
-    near(model.molora_runtime.stats["lin"].balance["gjs"], t["aux"], "aux")
+    assert near(y, t["y"], "y")
+    assert near(gates, t["gates"], "gates")
+    assert near(model.molora_runtime.stats["lin"].balance["gjs"], t["aux"], "aux")
     check_gradients(t, site, dx)
 
 
@@ -116,13 +116,17 @@ def test_the_parts_of_the_divergence() -> None:
     prompt = Prompt(None, {"lin": t["task_representation"]}, "given")
     context = ForwardContext(rows=2, prompt=prompt)
     routing = site.router(t["x"].flatten(0, 1), context)
-    near(routing.rows.detach(), t["task_gates"])
-    near(torch.softmax(routing.logits, -1).view(2, 11, 5).detach(), t["token_probs"])
-    near(routing.probs.view(2, 11, 5).detach(), t["gates"])
+    assert near(routing.rows.detach(), t["task_gates"])
+    assert near(
+        torch.softmax(routing.logits, -1).view(2, 11, 5).detach(), t["token_probs"]
+    )
+    assert near(routing.probs.view(2, 11, 5).detach(), t["gates"])
     objective, _ = site.objectives[0]
     tokens = torch.softmax(routing.logits, -1)
-    near(objective.divergence(tokens, t["mask"].flatten()).detach(), t["aux_token_gjs"])
-    near(objective.divergence(routing.rows, None).detach(), t["aux_task_gjs"])
+    assert near(
+        objective.divergence(tokens, t["mask"].flatten()).detach(), t["aux_token_gjs"]
+    )
+    assert near(objective.divergence(routing.rows, None).detach(), t["aux_task_gjs"])
 
 
 def tiny(make: Factory, layers: int = 2, **router: Any) -> Any:
@@ -216,7 +220,7 @@ def test_gradient_through_the_prompt_is_that_of_the_definition(
         grads = [p.grad.clone() for p in site.router.parameters()]
         found.append([y.detach(), leaf.grad, *grads])
     for got, want in zip(*found, strict=True):
-        near(got, want)
+        assert near(got, want)
         assert want.abs().max() > 1e-3
 
 

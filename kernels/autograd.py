@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from molora.errors import ConfigError
 from molora.kernels.backends import BACKENDS
+from molora.kernels.frozen_linear import call_frozen
 from molora.kernels.gradients import Needs
 from molora.kernels.operator import run_compiled
 
@@ -90,7 +91,7 @@ def run_around(
     """
     link = _Link()
     reached: Tensor = _Input.apply(x, A, Bt, gates, scale, options, link)  # type: ignore[no-untyped-call]
-    base = layer(reached)
+    base = call_frozen(layer, reached)
     if base.shape != (x.shape[0], Bt.shape[2]):
         raise ConfigError(
             f"lowrank_mixture: the layer makes {tuple(base.shape)} of x "

@@ -132,7 +132,7 @@ def compute_dtype(
     """
     if dtype == expert_dtype:
         return dtype
-    if tokens < ranks or _slow_on_cpu(dtype, device):
+    if tokens < ranks or slow_on_cpu(dtype, device):
         return torch.promote_types(dtype, expert_dtype)
     return dtype
 
@@ -146,7 +146,7 @@ def dtype_of(x_TI: Tensor, A: Tensor) -> torch.dtype:
 
 
 @functools.cache
-def _slow_on_cpu(dtype: torch.dtype, device: str) -> bool:
+def slow_on_cpu(dtype: torch.dtype, device: str) -> bool:
     """Whether this CPU emulates matrix products in dtype."""
     if device != "cpu":
         return False

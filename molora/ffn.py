@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.errors import RoutingError, WrapError
+from molora.kernels import call_frozen
 from molora.routers import Routing
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def enter(site: "MoloraLinear", x: Tensor, slots: Slots) -> Tensor:
         [..., K, O].
     """
     K = slots.weights.shape[1]
-    base: Tensor = site.base(x)
+    base = call_frozen(site.base, x)
     x_NI, base_NO = (_per_slot(part, K) for part in (x, base))
     y_NO: Tensor = site.experts(x_NI, slots.gates, base_NO, 1)
     return y_NO.view(*x.shape[:-1], K, site.out_features)
@@ -104,7 +105,7 @@ def leave(site: "MoloraLinear", h: Tensor, slots: Slots) -> Tensor:
         )
     h_TKF = h.reshape(T, K, F)
     mixed_TF = torch.einsum("tkf,tk->tf", h_TKF, slots.weights.to(h.dtype))
-    base: Tensor = site.base(mixed_TF.view(*h.shape[:-2], F))
+    base = call_frozen(site.base, mixed_TF.view(*h.shape[:-2], F))
     gates_NE = slots.gates * slots.weights.reshape(-1, 1)
     delta_NO: Tensor = site.experts(h_TKF.reshape(-1, F), gates_NE, None, 1)
     delta_TO = delta_NO.view(T, K, -1).sum(1)

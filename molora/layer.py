@@ -19,7 +19,7 @@ from molora.context import ForwardContext, Runtime, in_backward
 from molora.errors import RoutingError
 from molora.experts import EXPERTS, AbstractExperts, Place
 from molora.ffn import enter, leave, slots_of
-from molora.kernels import Layer
+from molora.kernels import Layer, call_frozen
 from molora.mergeable import MergeableLinear
 from molora.records import SiteStats
 from molora.route import decide, follow
@@ -237,7 +237,7 @@ class MoloraLinear(MergeableLinear):
         if differentiable and self.experts.takes_layer and self._is_frozen():
             return functools.partial(self._frozen, x.shape)
         edited_TI = self.experts.edit_input(x_TI, gates)
-        y: Tensor = self.base(x if edited_TI is x_TI else edited_TI.view(x.shape))
+        y = call_frozen(self.base, x if edited_TI is x_TI else edited_TI.view(x.shape))
         return y.reshape(-1, self.out_features)
 
     def _is_frozen(self) -> bool:
@@ -245,7 +245,7 @@ class MoloraLinear(MergeableLinear):
 
     def _frozen(self, shape: torch.Size, x_TI: Tensor) -> Tensor:
         """The frozen layer from [T, I] to [T, O]; it sees x as the model shaped it."""
-        y: Tensor = self.base(x_TI.view(shape))
+        y = call_frozen(self.base, x_TI.view(shape))
         return y.reshape(-1, self.out_features)
 
     def _balance(

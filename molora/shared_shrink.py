@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from molora.experts.base import BilinearExperts
-from molora.kernels import expand, form_of, shrink
+from molora.kernels import call_frozen, expand, form_of, shrink
 from molora.routers import Routing
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def update(
     if z_TR is None:
         return None
     _, Bt, scale = _factors(site)
-    base: Tensor = site.base(x)
+    base = call_frozen(site.base, x)
     return expand(z_TR, Bt, routing.gates, scale, base.reshape(-1, site.out_features))
 
 

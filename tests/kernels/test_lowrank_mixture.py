@@ -194,7 +194,7 @@ def test_an_unchosen_expert_gets_a_zero_gradient() -> None:
 def bf16_cpu(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both forms of the path: on a CPU that multiplies bfloat16 and one that cannot."""
     slow = request.param == "emulated"
-    monkeypatch.setattr(torch_path, "_slow_on_cpu", lambda dtype, device: slow)
+    monkeypatch.setattr(torch_path, "slow_on_cpu", lambda dtype, device: slow)
     yield request.param
 
 

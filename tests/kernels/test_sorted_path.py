@@ -131,7 +131,7 @@ def test_half_precision_inputs(
 ) -> None:
     from molora.kernels import torch_path
 
-    monkeypatch.setattr(torch_path, "_slow_on_cpu", lambda dtype, device: emulated)
+    monkeypatch.setattr(torch_path, "slow_on_cpu", lambda dtype, device: emulated)
     p = problem(200, 9, 2, 64, 48, 8, "", 4)
     for name in ("x", "base", "dy"):
         p[name] = p[name].to(dtype)

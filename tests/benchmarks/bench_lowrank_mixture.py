@@ -205,29 +205,43 @@ def measure(size: Size, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print one table, write JSON."""
+    """Measure what is missing, print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="kept per size, resumes")
     options = parser.parse_args()
-    results = []
-    for name in options.dtype.split(","):
-        dtype = getattr(torch, name)
-        rounds = options.rounds if dtype == torch.float32 else 3
-        results += [measure(size, dtype, rounds) for size in SIZES]
-    growth = [measure(size, torch.float32, options.rounds) for size in GROWTH]
-    show(results, growth)
-    if options.json:
-        result = {
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}",
-            "torch": torch.__version__,
-            "sizes": results,
-            "growth": growth,
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    done: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "rounds": options.rounds,
+        "sizes": [],
+        "growth": [],
+    }
+    if options.json and options.json.exists():
+        before = json.loads(options.json.read_text())
+        for name in ("machine", "torch", "rounds"):
+            if before.get(name) != done[name]:
+                parser.error(
+                    f"{options.json} has {name} {before.get(name)!r}, this run "
+                    f"{done[name]!r}; give another --json"
+                )
+        done = before
+    names = options.dtype.split(",")
+    wanted = [("sizes", size, name) for name in names for size in SIZES]
+    wanted += [("growth", size, "float32") for size in GROWTH]
+    for part, size, name in wanted:
+        known = {(row["dtype"], *row["size"].values()) for row in done[part]}
+        if (name, *size) in known:
+            continue
+        # a product in emulated half precision takes seconds
+        rounds = options.rounds if name == "float32" else min(options.rounds, 3)
+        row = measure(size, getattr(torch, name), rounds)
+        done[part].append({**row, "date": time.strftime("%Y-%m-%d")})
+        if options.json:
+            options.json.write_text(json.dumps(done, indent=2) + "\n")
+    show(done["sizes"], done["growth"])
 
 
 def show(results: list[dict[str, Any]], growth: list[dict[str, Any]]) -> None:

@@ -101,17 +101,21 @@ def sorted_pairs(s: Shape) -> Iterator[Work]:
     yield Work(0.0, 8.0 * s.tokens * s.experts, launches=8)
     for wide in (s.wide_in, s.wide_out):
         tall, factor, thin = pairs * wide, touched * wide, pairs * s.rank
-        flops = 2.0 * tall * s.rank
-        # gather (or sum) the rows, and the grouped product
-        yield Work(0.0, size * 2 * tall)
+        flops, whole = 2.0 * tall * s.rank, s.experts * s.rank * wide
+        # rows are gathered, or added onto a sum that is written before; what is
+        # written anew counts twice, since its pages are cleared first
+        gather = Work(0.0, size * 3 * tall)
+        scatter = Work(0.0, size * (4 * tall + 3 * s.tokens * wide), launches=2)
+        yield gather if wide == s.wide_in else scatter
         yield Work(flops, size * (tall + factor + thin), is_grouped=True)
         if s.training:
-            yield Work(0.0, size * 2 * tall)
-            yield Work(0.0, size * 2 * tall if wide == s.wide_in else 0.0)
-            whole = s.experts * s.rank * wide
+            yield gather
             yield Work(flops, size * (tall + factor + thin), is_grouped=True)
             yield Work(flops, size * (tall + whole + thin), is_grouped=True)
     if s.training:
+        # the gradient of x is summed, then added onto the layer's
+        moved = (4 * pairs + 5 * s.tokens) * s.wide_in
+        yield Work(0.0, size * moved, launches=3)
         yield Work(0.0, 8.0 * s.tokens * s.experts, launches=10)
 
 

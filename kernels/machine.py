@@ -8,10 +8,10 @@ with the fields of ``Machine``.
 
 import functools
 import json
+import math
 import os
 import platform
 import re
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -110,30 +110,32 @@ def measure(dtype: torch.dtype) -> Machine:
     ends = torch.arange(1, groups + 1, dtype=torch.int32, device="cpu")
     ends *= tokens // groups
     tiny = torch.ones(4, **kind)
-    flops = 2.0 * tokens * wide
+    flops, bytes_ = 2.0 * tokens * wide, 2.0 * x.numel() * x.element_size()
+    actions: list[Callable[[], object]] = [
+        lambda: F.linear(x, flat),
+        lambda: F.grouped_mm(x, factor.mT, offs=ends),
+        lambda: x.index_select(0, order),
+    ]
     with torch.no_grad():
-        return Machine(
-            gemm=flops * ranks / _time(lambda: F.linear(x, flat)),
-            grouped=flops
-            * factor.shape[1]
-            / _time(lambda: F.grouped_mm(x, factor.mT, offs=ends)),
-            bandwidth=2.0
-            * x.numel()
-            * x.element_size()
-            / _time(lambda: x.index_select(0, order)),
-            launch=_time(lambda: tiny + tiny),
-        )
+        narrow, grouped, gather = _fastest(actions)
+        (launch,) = _fastest([lambda: tiny + tiny])
+    return Machine(
+        gemm=flops * ranks / narrow,
+        grouped=flops * factor.shape[1] / grouped,
+        bandwidth=bytes_ / gather,
+        launch=launch,
+    )
 
 
-def _time(action: Callable[[], object], rounds: int = 7) -> float:
-    """Median seconds of an action after one warm-up."""
-    action()
-    seconds = []
+def _fastest(actions: list[Callable[[], object]], rounds: int = 15) -> list[float]:
+    """Least seconds of each action, by turns: what else runs only takes time away."""
+    seconds = [math.inf] * len(actions)
     for _ in range(rounds):
-        start = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        for at, action in enumerate(actions):
+            start = time.perf_counter()
+            action()
+            seconds[at] = min(seconds[at], time.perf_counter() - start)
+    return seconds
 
 
 def _name() -> str:

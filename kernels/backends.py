@@ -103,6 +103,7 @@ def _is_installed(package: str) -> bool:
 BACKENDS: dict[str, Backend] = {
     "torch": Backend("molora.kernels.torch_path"),
     "sorted": Backend("molora.kernels.sorted_path"),
+    "gather": Backend("molora.kernels.gather_path"),
     "triton": Backend("molora.kernels.triton_dense", "triton"),
     "triton_grouped": Backend("molora.kernels.triton_grouped", "triton"),
     "triton_gather": Backend("molora.kernels.triton_gather", "triton"),

@@ -18,8 +18,11 @@ from molora.kernels.torch_path import compute_dtype
 _REMEMBERED = 4096
 """Choices kept."""
 
-_WORTH_CHOOSING = 3e7
-"""Multiplications below which a call is too short for the choice to matter."""
+_WORTH_SORTING = 3e7
+"""Multiplications below which a call is too short for sorting to matter."""
+
+_WORTH_GATHERING = 3e4
+"""Values of unused factors below which leaving them out does not matter."""
 
 
 def choose(
@@ -61,6 +64,7 @@ def choose(
             A.dtype,
             # not the grad mode: reentrant checkpointing runs its forward without
             A.requires_grad or Bt.requires_grad,
+            not torch.is_grad_enabled(),
             torch.get_num_threads(),
         )
     if x.is_cuda:
@@ -103,19 +107,27 @@ def _known_on_cpu(
     top_k: int | None,
     dtype: torch.dtype,
     expert_dtype: torch.dtype,
-    training: bool,
+    trained: bool,
+    inference: bool,
     threads: int,
 ) -> str:
-    """Concatenated or sorted, whichever the cost model expects to be faster."""
+    """The form that the cost model expects to be fastest, of those worth a look."""
     check(x, A, Bt, gates, scale, base)
     if gates is None or top_k is None:
         return "torch"
     # a factor that is shared is not multiplied by the number of experts
-    spared = gates[1] - top_k if max(A[0], Bt[0]) > 1 else 0
-    if spared * A[1] * (A[2] + Bt[2]) * max(2 * x[0], 16) < _WORTH_CHOOSING:
-        return "torch"
+    wide = sum(factor[2] for factor in (A, Bt) if factor[0] > 1)
+    unused = gates[1] - x[0] * top_k
+    names = ["torch"]
+    decodes = inference and unused > 0
+    if decodes and unused * A[1] * wide >= _WORTH_GATHERING:
+        names.append("gather")
+    spared = gates[1] - top_k if wide else 0
     dtype = compute_dtype(x[0], dtype, "cpu", A[0] * A[1], expert_dtype)
-    if sorted_path.unfit(dtype, A[1], A[2], Bt[2]):
+    work = spared * A[1] * (A[2] + Bt[2]) * max(2 * x[0], 16)
+    if work >= _WORTH_SORTING and not sorted_path.unfit(dtype, A[1], A[2], Bt[2]):
+        names.append("sorted")
+    if len(names) == 1:
         return "torch"
     shape = Shape(
         x[0],
@@ -125,9 +137,11 @@ def _known_on_cpu(
         A[1],
         min(top_k, gates[1]),
         dtype.itemsize,
-        training,
+        trained and not decodes,
     )
-    return fastest(["torch", "sorted"], shape, machine.cpu(dtype, threads))
+    # the grouped product, which is measured, has no float64
+    rated = torch.float32 if dtype == torch.float64 else dtype
+    return fastest(names, shape, machine.cpu(rated, threads))
 
 
 def _pick(

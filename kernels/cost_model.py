@@ -147,10 +147,23 @@ def gathered(s: Shape) -> Iterator[Work]:
         yield Work(2.0 * factor, size * (passes * s.tokens * wide + factor))
 
 
+def walked(s: Shape) -> Iterator[Work]:
+    """Expert after expert that is in use: the CPU's decoding form."""
+    if s.training:
+        raise ValueError("the gathered form has no backward")
+    used, size = min(s.experts, s.tokens * s.top_k), s.itemsize
+    thin, wide_out = s.tokens * s.rank, 2 * s.tokens * s.wide_out
+    for wide, others in ((s.wide_in, s.tokens * s.wide_in), (s.wide_out, wide_out)):
+        moved = used * (others + s.rank * wide + thin)
+        # with the selection of the expert's factor
+        yield Work(2.0 * used * thin * wide, size * moved, 2 * used)
+
+
 FORMS = {
     "torch": plain,
     "torch on a GPU": library,
     "sorted": sorted_pairs,
+    "gather": walked,
     "triton": rank_space,
     "triton_grouped": by_slots,
     "triton_gather": gathered,

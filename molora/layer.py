@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from molora import shared_shrink
 from molora.config import SiteConfig
 from molora.context import ForwardContext, Runtime, in_backward
+from molora.decode import Plan, one_token
 from molora.errors import RoutingError
 from molora.experts import EXPERTS, AbstractExperts, Place
 from molora.ffn import enter, leave, slots_of
@@ -62,6 +63,8 @@ class MoloraLinear(MergeableLinear):
     """
 
     router: AbstractRouter | None
+    plan: Plan | None = None
+    """How it decodes, see ``molora.decode``."""
     ends_ffn: bool = False
     """Whether it is the last layer of an FFN whose experts run side by side."""
 
@@ -149,6 +152,10 @@ class MoloraLinear(MergeableLinear):
             RoutingError: Router logits that are not finite, a mask that does not fit,
                 or a balance objective that no gradient reaches.
         """
+        if not torch.is_grad_enabled():
+            decoded = one_token(self, x)
+            if decoded is not None:
+                return decoded
         runtime = self.runtime
         if runtime.disabled or self.merged:
             plain: Tensor = self.base(x)

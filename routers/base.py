@@ -5,6 +5,7 @@ Shape legend (this folder)
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
@@ -341,6 +342,16 @@ class LinearGateRouter(AbstractRouter):
         logits = logits.detach()
         scores_TE = torch.softmax(logits, -1) + self.bias_E
         return scores_TE.masked_fill(logits == -torch.inf, -torch.inf)
+
+    def chooser(self) -> Callable[[list[float]], list[tuple[int, float]] | None] | None:
+        """How one token's experts follow from its scores, on the host, in eval mode.
+
+        Returns:
+            A function of the scores that gives experts with their gates, or None where
+            only ``forward`` can tell (a tie, a score that is not finite); None where
+            it is not this simple.
+        """
+        return None
 
     def scores(self, x: Tensor) -> Tensor:
         """Logits before noise and temperature, [T, E] in at least float32."""

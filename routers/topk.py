@@ -9,6 +9,8 @@ network); selection after the softmax as in Gao et al. 2024 (MoLA), arXiv:2402.0
 Shape legend: see base.py.
 """
 
+import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import pydantic
@@ -70,6 +72,27 @@ class TopKRouter(LinearGateRouter):
     def sums_to_one(self) -> bool:
         """See base class."""
         return self.config.renormalize and not self.epsilon
+
+    def chooser(self) -> Callable[[list[float]], list[tuple[int, float]] | None] | None:
+        """See base class."""
+        # those that derive from it score experts in other ways
+        plain = type(self) is TopKRouter and self.bias_E is None
+        return self._choose if plain else None
+
+    def _choose(self, scores: list[float]) -> list[tuple[int, float]] | None:
+        """Gates of one token, as ``forward`` has them."""
+        config = self.config
+        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+        kept, left = order[: config.top_k], order[config.top_k :]
+        tied = left and scores[kept[-1]] == scores[left[0]]
+        if tied or not math.isfinite(sum(scores)):
+            return None
+        top, heat = scores[kept[0]], config.temperature
+        powers = {e: math.exp((scores[e] - top) / heat) for e in kept}
+        total = sum(powers.values())
+        if not config.renormalize:
+            total += sum(math.exp((scores[e] - top) / heat) for e in left)
+        return [(e, power / total) for e, power in powers.items()]
 
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class."""

@@ -180,6 +180,20 @@ class FactorExperts(BilinearExperts):
         width = self._widths[name]
         return whole if whole.shape[-1] == width else whole[..., :width]
 
+    def plain_scale(self) -> float | None:
+        """Scale of all experts, where ``A`` and ``Bt`` as they stand are the factors.
+
+        Returns:
+            None: the factors are more than these two parameters.
+        """
+        return None
+
+    def is_plain(self, name: str) -> bool:
+        """Whether a tensor is a parameter of this layer, read as it stands."""
+        attribute = _attribute(name)
+        held = attribute in self._parameters and name not in self.masked()
+        return held and getattr(self, attribute).shape[-1] == self._widths[name]
+
     def sources(self) -> list[Tensor]:
         """See base class; tensors of other layers too."""
         owners = [owner.sources() for owner in self._owners.values()]

@@ -189,6 +189,11 @@ class LoRAExperts(StartedExperts, FactorExperts):
             )
         return A, Bt, self.scale_E
 
+    def plain_scale(self) -> float | None:
+        """See base class."""
+        plain = self.is_plain("A") and self.is_plain("B") and not self.correction
+        return self.scale if plain else None
+
     def _size(self, name: str) -> int:
         """See base class; padding rows do not count."""
         whole = self.whole(name)

@@ -125,7 +125,7 @@ def test_the_choice_is_the_least_of_all_for_every_shape() -> None:
     chosen = set()
     for tokens, wide, out, experts, rank, top_k, training, device in grid:
         s = Shape(tokens, wide, out, experts, rank, top_k, 2, training)
-        names = ["torch", "sorted"]
+        names = ["torch", "sorted", "gather"][: 2 + (not training)]
         if device is not SLOW:
             names = ["torch on a GPU", "triton", "triton_grouped"]
             names += ["triton_gather"][training:]

@@ -1,0 +1,133 @@
+"""One token through a layer, while a model decodes on a CPU.
+
+Between two layers of a decoding model their weights flow through the caches, so every
+Python function and every operator starts cold, and their number is what an adapter
+costs. This is ``MoloraLinear.forward`` for one token with as few of them as there can
+be: the router's choice is made on the host, and the factors of the experts in use are
+all that is read. Whatever is not the plain case is left to ``forward``.
+
+Shape legend
+    E experts   I in features   O out features   r rank of one expert
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as hooked_module
+
+from molora.experts.factors import FactorExperts
+from molora.routers.base import LinearGateRouter
+
+if TYPE_CHECKING:
+    from molora.layer import MoloraLinear
+
+WIDE = (torch.float32, torch.float64)
+
+Choice = Callable[[list[float]], list[tuple[int, float]] | None]
+"""Experts with their gates for the logits of a token; None where it cannot tell."""
+
+
+class Plan(NamedTuple):
+    """What a layer's decoding is made of, looked up once."""
+
+    experts: Any
+    router: Any
+    choose: Choice | None
+    """None: one expert with gate 1."""
+    scale: float | None
+    """None: this layer is not a plain case."""
+    hooks: tuple[Any, ...] = ()
+    """Hooks of what is not called as a module."""
+
+
+def one_token(site: "MoloraLinear", x: Tensor) -> Tensor | None:
+    """The layer's output for one token without gradients.
+
+    Args:
+        site: The layer.
+        x: [..., I].
+
+    Returns:
+        [..., O]; None where ``forward`` must see to it: several tokens, training, hooks
+        on the router or the experts, a recording, other experts or routers.
+    """
+    if torch.compiler.is_compiling() or not x.is_cpu or x.numel() != site.in_features:
+        return None
+    modules, plan = site._modules, site.plan
+    experts, router = modules["experts"], modules.get("router")
+    if plan is None or plan.experts is not experts or plan.router is not router:
+        plan = site.plan = _plan(site)
+    if plan.scale is None or _is_special(site, plan, x.dtype):
+        return None
+    x_1I = x.reshape(1, -1)
+    used: list[tuple[int, float]] | None = [(0, 1.0)]
+    if plan.choose is not None:
+        weight_EI = plan.router._modules["gate"]._parameters["weight"]
+        used = plan.choose(F.linear(x_1I, weight_EI).tolist()[0])
+        if used is None:
+            return None
+    base: Tensor = modules["base"](x)  # type: ignore[misc]
+    return _updated(base, x_1I, used, plan)
+
+
+def _is_special(site: "MoloraLinear", plan: Plan, dtype: torch.dtype) -> bool:
+    """Whether this call is not the plain case, though the layer is."""
+    runtime, experts, router = site.runtime, plan.experts._parameters, plan.router
+    if site.training or runtime.disabled or runtime.trace is not None:
+        return True
+    if site.backup is not None or site.quantised is not None:
+        return True
+    for hooks in plan.hooks:
+        if hooks:
+            return True
+    weights = [experts["A"], site._modules["base"]._parameters.get("weight")]  # type: ignore[union-attr]
+    if router is not None:
+        weights.append(router._modules["gate"]._parameters["weight"])
+    # router logits and half precision are rounded in other ways
+    alike = dtype in WIDE and all(w is not None and w.dtype == dtype for w in weights)
+    return not alike or torch.is_autocast_enabled("cpu")
+
+
+def _updated(
+    base: Tensor, x_1I: Tensor, used: list[tuple[int, float]], plan: Plan
+) -> Tensor:
+    """Base output plus the updates of the experts in use."""
+    A, Bt = plan.experts._parameters["A"], plan.experts._parameters["Bt"]
+    assert plan.scale is not None
+    y_1O = base.reshape(1, -1)
+    z_1r = F.linear(x_1I, A[0]) if A.shape[0] == 1 else None
+    for expert, gate in used:
+        own_1r = F.linear(x_1I, A[expert]) if z_1r is None else z_1r
+        b_rO = Bt[expert if Bt.shape[0] > 1 else 0]
+        y_1O = torch.addmm(y_1O, own_1r, b_rO, alpha=plan.scale * gate)
+    return y_1O.view(base.shape)
+
+
+def _plan(site: "MoloraLinear") -> Plan:
+    """Look at a layer's experts and router."""
+    experts, router = site.experts, site._modules.get("router")
+    other = Plan(experts, router, None, None)
+    if not isinstance(experts, FactorExperts):
+        return other
+    scale = experts.plain_scale()
+    if scale is None:
+        return other
+    called: list[nn.Module] = [experts]
+    choose = None
+    if experts.num_experts > 1:
+        if not isinstance(router, LinearGateRouter) or router.needs_context:
+            return other
+        choose = router.chooser()
+        if choose is None:
+            return other
+        called += [router, router.gate]
+    hooks = [
+        hooked_module._global_forward_hooks,
+        hooked_module._global_forward_pre_hooks,
+    ]
+    for module in called:
+        hooks += [module._forward_hooks, module._forward_pre_hooks]
+    return Plan(experts, router, choose, scale, tuple(hooks))

@@ -233,9 +233,9 @@ def _score(result: dict[str, Any]) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """Mean with standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ({deviation:.3f})"
+    """Mean, with the standard deviation where there are several."""
+    deviation = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 if __name__ == "__main__":

@@ -130,8 +130,8 @@ def test_no_weight_is_kept() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     layer = layer_of(4, 5)
-    with pytest.raises(ConfigError, match="fold: weight needs order 2 and groups 1"):
-        site_of({"kind": "superlora", "fold": "weight"}, *layer)
+    with pytest.raises(ConfigError, match="fold: weight needs groups 1 in scope site"):
+        site_of({"kind": "superlora", "fold": "weight", "groups": 2}, *layer)
     with pytest.raises(WrapError, match=r"experts\.groups=21: .*groups up to 20 work"):
         site_of({"kind": "superlora", "groups": 21}, *layer)
 

@@ -22,6 +22,10 @@ The first layer of a scope, in the order of the model, owns the tensors. A slice
 entries are a matrix along the axes of the tensor runs as two factors of it (tucker.py);
 of another one the rows of the first axis that it touches are formed (dense_sum.py).
 
+With ``projection`` a group of N entries is F x for a folded tensor x of only
+ceil(projection_ratio N), with one fixed random F (projection.py) for all groups;
+``shuffle`` permutes the entries of a group.
+
 Reference: Chen et al. 2024, arXiv:2403.11887, sections 3 and 4. Kronecker splits (LoKr,
 LoNKr) are family ``lokr``.
 
@@ -30,9 +34,7 @@ Shape legend: see base.py; G groups, M axes, n sides.
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
 
-import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -40,8 +42,9 @@ from molora.errors import WrapError
 from molora.experts import tucker
 from molora.experts.base import EXPERTS, AbstractExperts
 from molora.experts.dense_sum import dense_sum
-from molora.experts.factor_config import SharedConfig, Side
 from molora.experts.factors import Place
+from molora.experts.projection import FixedProjection
+from molora.experts.superlora_config import SuperLoRAConfig
 from molora.kernels import lowrank_mixture
 
 
@@ -52,8 +55,10 @@ class SuperLoRAExperts(AbstractExperts):
     Limitations: with fold: square the update of one expert at a time is formed as
     [O, I], once forward and once backward, also for every token that is decoded,
     because a slice of such a tensor seldom has factors along the sides of the weight;
-    fold: weight has them and costs about what LoRA costs. Adding a target layer to a
-    wide scope moves the slices of the others.
+    fold: weight has them and costs about what LoRA costs, and keeps them for backward
+    ([E, r^m, I + O] for a dense core). With projection or shuffle every layer forms the
+    groups that it reads whole. Adding a target layer to a wide scope moves the slices
+    of the others.
 
     Args:
         config: Settings.
@@ -67,52 +72,12 @@ class SuperLoRAExperts(AbstractExperts):
             fold: weight, or a scope that this layer is not part of.
     """
 
-    class Config(SharedConfig):
-        """Settings of SuperLoRA experts."""
-
-        TENSORS: ClassVar[Mapping[str, Side]] = {"groups": "entries"}
-        SHARED_BY: ClassVar[str] = "scope"
-
-        kind: Literal["superlora"] = "superlora"
-        """Registered name."""
-        r: int = pydantic.Field(default=4, ge=1)
-        """Rank along every axis."""
-        alpha: float = pydantic.Field(default=4.0, gt=0)
-        """Numerator of the scale."""
-        order: int = pydantic.Field(default=3, ge=2, le=8)
-        """M, axes that a group is folded to."""
-        scope: Literal["site", "layer", "type", "model"] = "site"
-        """Target layers whose weights stand in the same groups: the site alone, those
-        of one layer of the model, of one place in every layer, or all."""
-        groups: int = pydantic.Field(default=1, ge=1)
-        """G, parts of these weights with tensors of their own."""
-        fold: Literal["square", "weight"] = "square"
-        """Fold to equal sides, or along the sides of the weights."""
-        core: Literal["dense", "diagonal"] = "dense"
-        """Trained core, or ones on the diagonal."""
-
-        @pydantic.model_validator(mode="after")
-        def _fits(self) -> Self:
-            if self.fold == "weight" and self.scope == "site" and self.groups > 1:
-                raise ValueError(
-                    "groups: fold: weight needs groups 1 in scope site, because a part "
-                    "of a weight has not its sides; fold: square has any number"
-                )
-            return self
-
-        def scopes(self) -> dict[str, str]:
-            """See base class; all tensors have one scope."""
-            return {} if self.scope == "site" else {"groups": self.scope}
-
-        def alike(self, name: str) -> dict[str, Any]:
-            """See base class; all settings."""
-            return self.model_dump()
-
+    Config = SuperLoRAConfig
     adds = True
 
     def __init__(
         self,
-        config: Config,
+        config: SuperLoRAConfig,
         *,
         in_features: int,
         out_features: int,
@@ -125,6 +90,7 @@ class SuperLoRAExperts(AbstractExperts):
         self.scale = config.alpha / config.r
         self.shape = (out_features, in_features)
         self.places = dict(places or {})
+        self.projection: FixedProjection | None = None
         own = math.prod(self.shape)
         place = Place("", None, own, generator)
         if config.scope != "site":
@@ -141,7 +107,16 @@ class SuperLoRAExperts(AbstractExperts):
                 f"features and those of its scope have {entries} entries; groups up to "
                 f"{entries} work"
             )
-        self.size = -(-entries // G)
+        self.size = self.folded = -(-entries // G)
+        if config.projection_ratio is not None:
+            self.folded = math.ceil(config.projection_ratio * self.size)
+        if config.projection == "random" and self.folded * self.size > entries:
+            least = math.ceil((config.projection_ratio or 1) ** 0.5 * entries**0.5) + 1
+            raise WrapError(
+                f"experts.projection: random holds a matrix [{self.size}, "
+                f"{self.folded}], more than the {entries} entries themselves; set "
+                f"projection: fastfood, or groups: {least} or more"
+            )
         self.sides = self._sides(entries)
         self.names = [f"A{m}" for m in range(1, config.order + 1)]
         if config.core == "dense":
@@ -163,7 +138,7 @@ class SuperLoRAExperts(AbstractExperts):
         """n_1 to n_M."""
         config, own, M = self.config, math.prod(self.shape), self.config.order
         if config.fold == "square":
-            return [tucker.side(self.size, M)] * M
+            return [tucker.side(self.folded, M)] * M
         layers, surplus = divmod(entries, own * config.groups)
         if surplus and entries % own == 0:
             raise WrapError(
@@ -186,7 +161,8 @@ class SuperLoRAExperts(AbstractExperts):
     def _split(self) -> tucker.Split | None:
         """How the update is a product of two factors, where that saves something."""
         first, end, start, _ = self.parts[0]
-        if len(self.parts) > 1 or end - first > 1:
+        fixed = self.config.projection is not None or self.config.shuffle
+        if fixed or len(self.parts) > 1 or end - first > 1:
             return None
         split = tucker.split(self.sides, start, *self.shape)
         if split is None:
@@ -208,6 +184,11 @@ class SuperLoRAExperts(AbstractExperts):
             if name != last:
                 values.uniform_(-(r**-0.5), r**-0.5, generator=generator)
             self.register_parameter(name, nn.Parameter(values))
+        config = self.config
+        if config.projection is not None or config.shuffle:
+            kind, seed = config.projection, config.projection_prng_key or 0
+            sizes = (self.folded, self.size)
+            self.projection = FixedProjection(kind, config.shuffle, *sizes, seed)
 
     def _values(self) -> list[Tensor]:
         """Tensors of all groups, each [E, G, ...], in the order of the names."""
@@ -240,8 +221,14 @@ class SuperLoRAExperts(AbstractExperts):
     def _weight(self, *values: Tensor) -> Tensor:
         """Update [O, I] of one expert from its tensors."""
         rest, found = math.prod(self.sides[1:]), []
+        fixed = self._owners.get("groups", self).projection
         for first, end, start, stop in self.parts:
             factors, core = self._tensor([v[first:end] for v in values])
+            if fixed is not None:
+                slab = tucker.rows(factors, core, 0, self.sides[0]).flatten(1)
+                slab = fixed(slab[:, : self.folded])
+                found.append(slab[:, start:stop].flatten())
+                continue
             row = start // rest
             slab = tucker.rows(factors, core, row, -(-stop // rest)).flatten(1)
             found.append(slab[:, start - row * rest : stop - row * rest].flatten())

@@ -111,7 +111,7 @@ def _check_experts(site: MoloraLinear) -> None:
                 f"{name} start from what depends on the number of experts, so none "
                 "can be added; use lora experts"
             )
-        places = isinstance(part, FactorExperts) and part.places
+        places = getattr(part, "places", None)
         if places or any(True for _ in part.buffers(recurse=False)):
             raise WrapError(
                 f"{name} have tensors that are shared among layers, seeded, masked or "

@@ -11,7 +11,7 @@ from torch import nn
 
 from molora.config import SiteConfig
 from molora.errors import WrapError
-from molora.experts import AbstractExperts, FactorConfig, FactorExperts, Place
+from molora.experts import AbstractExperts, FactorConfig, Place, SharedConfig
 from molora.layer import sizes
 
 Group = tuple[str, str, str, str]
@@ -45,7 +45,8 @@ class Sharing:
     ):
         self.settings, self.seed = settings, seed
         self.features: dict[Group, int] = {}
-        self.owners: dict[Group, tuple[str, FactorExperts]] = {}
+        self.owners: dict[Group, tuple[str, AbstractExperts]] = {}
+        self._starts: dict[tuple[str, str], int] = {}
         self._sizes = {path: sizes(base) for path, base in targets.items()}
         self._seeded: dict[tuple[str, ...], torch.Generator] = {}
         first: dict[Group, str] = {}
@@ -53,9 +54,14 @@ class Sharing:
             for name, group in self._groups(path).items():
                 before = first.setdefault(group, path)
                 _check_same(name, before, path, settings)
-                _check_device(name, before, path, targets[before], base)
-                wide = max(self.features.get(group, 0), self._own(path, name))
-                self.features[group] = wide
+                setting = self._config(path).SHARED_BY
+                _check_device(setting, name, before, path, targets[before], base)
+                wide, own = self.features.get(group, 0), self._own(path, name)
+                if self._config(path).TENSORS[name] == "entries":
+                    self._starts[path, name] = wide
+                    self.features[group] = wide + own
+                else:
+                    self.features[group] = max(wide, own)
 
     def places(self, path: str) -> dict[str, Place]:
         """Of the tensors of a layer that are shared with others or seeded.
@@ -64,15 +70,17 @@ class Sharing:
             path: Module path of the layer; those before it in the model are made.
         """
         config = self.settings[path].experts.adapted()
-        if not isinstance(config, FactorConfig):
+        if not isinstance(config, SharedConfig):
             return {}
         groups, found = self._groups(path), {}
         for name in config.TENSORS:
-            group = groups.get(name)
-            seeded = config.trainability.get(name) == "seeded"
+            group, seeded = groups.get(name), False
+            if isinstance(config, FactorConfig):
+                seeded = config.trainability.get(name) == "seeded"
             if group is None and not seeded:
                 continue
             if seeded:
+                assert isinstance(config, FactorConfig)
                 generator = self._seeded_generator(config, name, path, group)
             else:
                 generator = generator_of(self.seed, ":".join(group or ()))
@@ -81,33 +89,37 @@ class Sharing:
                 None if group is None else self.owners.get(group),
                 self._own(path, name) if group is None else self.features[group],
                 generator,
+                self._starts.get((path, name), 0),
             )
         return found
 
     def made(self, path: str, experts: AbstractExperts) -> None:
         """Note a bank, which owns what no layer before it did."""
         for group in self._groups(path).values():
-            owner = experts.adapted()
-            assert isinstance(owner, FactorExperts)
-            self.owners.setdefault(group, (path, owner))
+            self.owners.setdefault(group, (path, experts.adapted()))
+
+    def _config(self, path: str) -> SharedConfig:
+        """Settings of a layer that shares tensors."""
+        config = self.settings[path].experts.adapted()
+        assert isinstance(config, SharedConfig)
+        return config
 
     def _groups(self, path: str) -> dict[str, Group]:
         """Group of every tensor that a layer shares with others."""
         config = self.settings[path].experts.adapted()
-        if not isinstance(config, FactorConfig):
+        if not isinstance(config, SharedConfig):
             return {}
         return {
-            name: (config.kind, name, scope, _common(path, scope))
+            name: (config.kind, name, scope, _common(path, scope, config.SHARED_BY))
             for name, scope in config.scopes().items()
             if scope != "experts"
         }
 
     def _own(self, path: str, name: str) -> int:
-        """I or O of a layer, or 0 for a tensor along the rank."""
-        config = self.settings[path].experts.adapted()
-        assert isinstance(config, FactorConfig)
+        """I, O or I O of a layer, or 0 for a tensor along the rank."""
         wide_in, wide_out = self._sizes[path]
-        return {"in": wide_in, "out": wide_out, "rank": 0}[config.TENSORS[name]]
+        sizes = {"in": wide_in, "out": wide_out, "entries": wide_in * wide_out}
+        return sizes.get(self._config(path).TENSORS[name], 0)
 
     def _seeded_generator(
         self, config: FactorConfig, name: str, path: str, group: Group | None
@@ -126,7 +138,7 @@ class Sharing:
         return self._seeded[index]
 
 
-def _common(path: str, scope: str) -> str:
+def _common(path: str, scope: str, setting: str) -> str:
     """What the paths of the layers of one group have in common.
 
     Raises:
@@ -140,7 +152,7 @@ def _common(path: str, scope: str) -> str:
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if number is None:
         raise WrapError(
-            f"experts.shared: target {path!r} belongs to no numbered layer, so it "
+            f"experts.{setting}: target {path!r} belongs to no numbered layer, so it "
             "shares nothing with the scope layer; add it to exclude_modules"
         )
     return ".".join(parts[: number + 1])
@@ -151,31 +163,23 @@ def _check_same(
 ) -> None:
     """Refuse layers that would train one tensor in different ways."""
     one, two = (settings[p].experts.adapted() for p in (first, path))
-    assert isinstance(one, FactorConfig) and isinstance(two, FactorConfig)
-    for field, mine, theirs in (
-        ("trainability", two.trainability.get(name), one.trainability.get(name)),
-        ("density", two.density, one.density),
-        ("projection_prng_key", two.projection_prng_key, one.projection_prng_key),
-        *(
-            (start, getattr(two, start, None), getattr(one, start, None))
-            for start, of in (("init_lora_weights", "A"), ("d_initial", "lambda_d"))
-            if name == of
-        ),
-    ):
-        if mine != theirs:
+    assert isinstance(one, SharedConfig) and isinstance(two, SharedConfig)
+    theirs = one.alike(name)
+    for field, mine in two.alike(name).items():
+        if mine != theirs[field]:
             raise WrapError(
-                f"sites {first!r} and {path!r} share {name} (experts.shared) and have "
-                f"different settings of {field}; give them the same"
+                f"sites {first!r} and {path!r} share {name} (experts.{two.SHARED_BY}) "
+                f"and have different settings of {field}; give them the same"
             )
 
 
 def _check_device(
-    name: str, first: str, path: str, one: nn.Module, two: nn.Module
+    setting: str, name: str, first: str, path: str, one: nn.Module, two: nn.Module
 ) -> None:
     devices = [base.get_parameter("weight").device for base in (one, two)]
     if devices[0] != devices[1]:
         raise WrapError(
             f"sites {first!r} on {devices[0]} and {path!r} on {devices[1]} share "
-            f"{name} (experts.shared), which can be on one device; put the model on "
+            f"{name} (experts.{setting}), which can be on one device; put the model on "
             "one, or use a narrower scope"
         )

@@ -69,6 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "boft": {"boft_block_size": 4},
     "oft": {"oft_block_size": 4},
     "sparse": {"density": 0.2, "exact": True},
+    "superlora": {"scope": "model", "groups": 3},
     "sum": {
         "parts": [
             {"kind": "lora", "r": 2},

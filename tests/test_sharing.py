@@ -331,6 +331,10 @@ def test_growing_refuses_a_fixed_number_of_experts(tiny_llama: Factory) -> None:
     model = molora.wrap(tiny_llama(), molora.AdapterConfig.from_dict(raw))
     with pytest.raises(WrapError, match="shared among layers"):
         molora.grow(model)
+    joined = {"kind": "superlora", "num_experts": E, "scope": "model"}
+    whole = molora.AdapterConfig.from_dict(raw | {"experts": joined})
+    with pytest.raises(WrapError, match="shared among layers"):
+        molora.grow(molora.wrap(tiny_llama(), whole))
     raw["experts"] |= {"shared": [], "trainability": {"A": "frozen"}}
     model = molora.wrap(tiny_llama(), molora.AdapterConfig.from_dict(raw))
     old = {n: p.detach().clone() for n, p in adapter_parameters(model).items()}

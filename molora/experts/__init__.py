@@ -12,6 +12,7 @@ from molora.experts.boft import BOFTExperts as BOFTExperts
 from molora.experts.bottleneck import BottleneckExperts as BottleneckExperts
 from molora.experts.dora import DoRAExperts as DoRAExperts
 from molora.experts.factor_config import FactorConfig as FactorConfig
+from molora.experts.factor_config import SharedConfig as SharedConfig
 from molora.experts.factors import FactorExperts as FactorExperts
 from molora.experts.factors import Place as Place
 from molora.experts.goat import GOATExperts as GOATExperts

@@ -12,15 +12,32 @@ from molora.experts.base import ExpertsConfig
 
 Scope = Literal["experts", "layer", "type", "model"]
 Trained = Literal["frozen", "seeded", "masked"]
-Side = Literal["in", "out", "rank"]
-"""What the last axis of a tensor is."""
+Side = Literal["in", "out", "rank", "entries"]
+"""What the last axis of a tensor is; ``entries``: those of the weights of all layers
+that share it, one after the other."""
 
 
-class FactorConfig(ExpertsConfig):
+class SharedConfig(ExpertsConfig):
+    """Settings of a family whose tensors layers can share."""
+
+    TENSORS: ClassVar[Mapping[str, Side]]
+    """Tensors of the family, and what their last axis is."""
+    SHARED_BY: ClassVar[str] = "shared"
+    """The setting that says which are shared."""
+
+    def scopes(self) -> dict[str, str]:
+        """Scope of every shared tensor."""
+        return {}
+
+    def alike(self, name: str) -> dict[str, Any]:
+        """Settings that layers which share a tensor must have in common."""
+        return {}
+
+
+class FactorConfig(SharedConfig):
     """Settings of every bilinear family."""
 
     TENSORS: ClassVar[Mapping[str, Side]] = {"A": "in", "B": "out"}
-    """Tensors of the family, and what their last axis is."""
     ZERO: ClassVar[tuple[str, ...]] = ("B",)
     """Those that start at zero."""
 
@@ -96,10 +113,21 @@ class FactorConfig(ExpertsConfig):
         return self
 
     def scopes(self) -> dict[str, str]:
-        """Scope of every shared tensor."""
+        """See base class."""
         if isinstance(self.shared, dict):
             return self.shared
         return dict.fromkeys(self.shared, "experts")
+
+    def alike(self, name: str) -> dict[str, Any]:
+        """See base class."""
+        starts = {"A": "init_lora_weights", "lambda_d": "d_initial"}
+        start = starts.get(name)
+        return {
+            "trainability": self.trainability.get(name),
+            "density": self.density,
+            "projection_prng_key": self.projection_prng_key,
+            **({start: getattr(self, start, None)} if start else {}),
+        }
 
     def tensors(self) -> tuple[str, ...]:
         """Tensors that there are with these settings."""

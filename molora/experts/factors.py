@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.errors import WrapError
-from molora.experts.base import BilinearExperts
+from molora.experts.base import AbstractExperts, BilinearExperts
 from molora.experts.factor_config import FactorConfig
 
 Draw = Callable[[Tensor, torch.Generator], object]
@@ -42,12 +42,14 @@ class Place(NamedTuple):
 
     path: str
     """The layer that reads it."""
-    owner: "tuple[str, FactorExperts] | None"
+    owner: tuple[str, AbstractExperts] | None
     """The layer that keeps it, if it is another one."""
     features: int
-    """Largest I or O of the layers that share it."""
+    """Largest I or O of the layers that share it, or all entries of their weights."""
     generator: torch.Generator
     """Source of its initial values."""
+    start: int = 0
+    """Where the entries of the layer that reads it begin."""
 
 
 class FactorExperts(BilinearExperts):
@@ -272,6 +274,7 @@ def _checked(name: str, size: tuple[int, ...], place: Place) -> FactorExperts:
     """The owner of a tensor, if it is the one that a layer needs."""
     assert place.owner is not None
     path, owner = place.owner
+    assert isinstance(owner, FactorExperts)
     there = tuple(owner.whole(name).shape)
     if there != size:
         raise WrapError(

@@ -1,5 +1,7 @@
 """molora import, molora grow and training from what they wrote, on a tiny model."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,21 @@ def loras(folder: Path) -> list[Path]:
         model.save_pretrained(folder / f"lora_{number}")
         made.append(folder / f"lora_{number}")
     return made
+
+
+def test_adapters_of_another_base_are_forced(
+    folder: Path, loras: list[Path], tmp_path: Path, capfd: Any
+) -> None:
+    shutil.copytree(loras[0], tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_config.json"
+    other = json.loads(file.read_text()) | {"base_model_name_or_path": "some/other"}
+    file.write_text(json.dumps(other))
+    given = ["import", folder / "base", tmp_path / "lora", "--output", tmp_path / "o"]
+    assert cli.molora_cli(*given) == 2
+    assert "--allow-base-mismatch" in capfd.readouterr().err
+    assert cli.molora_cli(*given, "--allow-base-mismatch") == 0
+    got = molora.load(base(folder), tmp_path / "o")
+    assert (logits(got) - logits(base(folder))).abs().max() > 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from molora.errors import CheckpointError, WrapError
 from molora.experts import EXPERTS
-from molora.interop.peft_folder import check_start, read_tensors, value_at
+from molora.interop.peft_folder import check_alone, check_start, read_tensors, value_at
 from molora.interop.peft_forms import PATTERNS, listed
+from molora.interop.peft_targets import check_layers
 from molora.layer import SUPPORTED, sizes
 from molora.manifest import CONFIG, read_json
 
@@ -82,8 +83,10 @@ def read_adapter(folder: str | Path, family: str, model: nn.Module) -> PeftAdapt
     folder = Path(folder)
     config = read_json(folder / CONFIG)
     check_start(folder, config)
+    check_alone(folder, config)
     cls, modules = EXPERTS[family], dict(model.named_modules())
     layers, outside = _by_path(folder, modules)
+    check_layers(folder, config, model, layers)
     blocks, states = {}, {}
     for path, tensors in layers.items():
         settings = _settings(config, str(cls.peft_type), path, folder)

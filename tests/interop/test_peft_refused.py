@@ -84,6 +84,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "POLY"}, r"peft_type is 'POLY'.*those that can: .*IA3.*LORA"),
     ({"peft_type": "MOLORA"}, "molora.load"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*trains whole modules"),
+    ({"bias": "all"}, "bias='all': it trains biases of the base"),
+    ({"layers_to_transform": [0]}, r"tensors of model.layers.1.*its config does not"),
+    ({"target_modules": ["q_proj", *TARGETS]}, r"no tensors of .*0.*q_proj, which its"),
     ({"something": 3}, "something=3: IA3Experts do not know it"),
     ({"feedforward_modules": ["up_proj"]}, r"down_proj: ia3_l is \[1, 64\].*\[32, 1\]"),
 ]

@@ -159,6 +159,16 @@ def test_another_router_for_inference(
     assert cli.molora_cli("generate", run, "load_router.kind=adamole", *ask) == 2
     told = capfd.readouterr().err
     assert "gate.weight (2, 16)" in told and "Traceback" not in told
+    # after training, the scores are those of molora evaluate
+    trained = run_from(folder, out, "goose")
+    assert cli.molora_cli("train", trained, "load_router.kind=tokp") == 2
+    assert "unknown router 'tokp'" in capfd.readouterr().err
+    assert not (folder / "goose").exists()
+    assert cli.molora_cli("train", trained, *goose) == 0
+    told = cli.words_of(capfd.readouterr().out)
+    assert cli.molora_cli("evaluate", trained, *goose) == 0
+    scores = cli.words_of(capfd.readouterr().out)
+    assert ["Evaluation"] in scores and told[-len(scores) :] == scores
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {

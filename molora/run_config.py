@@ -88,7 +88,8 @@ class RunConfig(Schema):
     """The mixture that it gets."""
     load_router: dict[str, Any] = {}
     """Router settings that evaluate, generate, routes, collapse and the scores after
-    training use in place of the saved ones, for example kind: phatgoose for vectors that sigmoid learned."""
+    training use in place of the saved ones, for example kind: phatgoose for vectors
+    that sigmoid learned."""
     data: DataConfig
     """Tasks to train on and to evaluate."""
     training: dict[str, Any] = {}

@@ -4,6 +4,7 @@ A family reads one layer (``from_peft``) as the settings and the values of a ban
 one expert.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,8 @@ def read_adapter(folder: str | Path, family: str, model: nn.Module) -> PeftAdapt
     config = read_json(folder / CONFIG)
     check_start(folder, config)
     check_alone(folder, config)
+    if config.get("use_cayley_neumann"):
+        _check_series(folder, config.get("peft_version"))
     cls, modules = EXPERTS[family], dict(model.named_modules())
     layers, outside = _by_path(folder, modules)
     check_layers(folder, config, model, layers)
@@ -105,6 +108,18 @@ def read_adapter(folder: str | Path, family: str, model: nn.Module) -> PeftAdapt
         states,
         {path: tensors | outside for path, tensors in layers.items()},
     )
+
+
+def _check_series(folder: Path, version: str | None) -> None:
+    """Refuse OFT's Cayley-Neumann series as it was before PEFT 0.18."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < (0, 18):
+        raise CheckpointError(
+            f"{folder}: written by PEFT {version or 'before 0.18'}, whose "
+            "use_cayley_neumann is another function than that since 0.18; train it "
+            "again, or name the version that trained it as peft_version in "
+            f"{CONFIG}"
+        )
 
 
 def _by_path(

@@ -105,6 +105,21 @@ def test_what_cannot_be_read(
     assert not is_wrapped(model)
 
 
+@pytest.mark.parametrize("version", [None, "0.17.1"])
+def test_rotations_of_an_older_peft(
+    version: str | None, tiny_llama: Factory, tmp_path: Path
+) -> None:
+    written(tiny_llama, THEIRS["oft"][0], tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"peft_version": version}
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"since 0\.18"):
+        molora.import_peft(tiny_llama(), [tmp_path])
+    # without the series, every version says the same
+    file.write_text(json.dumps(config | {"use_cayley_neumann": False}))
+    assert is_wrapped(molora.import_peft(tiny_llama(), [tmp_path]))
+
+
 def test_tensors_that_do_not_fit(tiny_llama: Factory, tmp_path: Path) -> None:
     written(tiny_llama, THEIRS["ia3"][0], tmp_path)
     file = tmp_path / "adapter_model.safetensors"

@@ -297,5 +297,5 @@ def _check_base(saved: SavedAdapter, present: Fingerprint, allowed: bool) -> Non
     if other and not allowed:
         raise CheckpointError(
             f"{where}: was trained on another base: {'; '.join(other)}. {advice}, or "
-            "force it with allow_base_mismatch=True"
+            "force it with molora.load(..., allow_base_mismatch=True)"
         )

@@ -60,6 +60,12 @@ def import_(
         float, typer.Option(min=0, max=1, help="Dropout in training.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the routers.")] = 0,
+    allow_base_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--allow-base-mismatch", help="Accept adapters that name another base."
+        ),
+    ] = False,
 ) -> None:
     """Make a mixture of PEFT LoRAs, to route at once or to train on."""
     from molora.commands import upcycle
@@ -74,6 +80,7 @@ def import_(
         general_form=general_form,
         lora_dropout=lora_dropout,
         seed=seed,
+        allow_base_mismatch=allow_base_mismatch,
     )
 
 

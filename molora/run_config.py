@@ -87,8 +87,9 @@ class RunConfig(Schema):
     adapter: AdapterConfig
     """The mixture that it gets."""
     load_router: dict[str, Any] = {}
-    """Router settings that evaluate, generate, routes and collapse use in place of the
-    saved ones, for example kind: phatgoose for vectors that sigmoid learned."""
+    """Router settings that evaluate, generate, routes, collapse and the scores after
+    training use in place of the saved ones, for example kind: phatgoose for vectors
+    that sigmoid learned."""
     data: DataConfig
     """Tasks to train on and to evaluate."""
     training: dict[str, Any] = {}

@@ -95,6 +95,11 @@ def explain(
             message = item["msg"].removeprefix("Value error, ")
             got = item["input"]
             shown = "" if isinstance(got, Mapping) else f" (got {got!r})"
+            if item["type"] == "string_type" and isinstance(got, bool):
+                shown += (
+                    "; put quotes around it, YAML reads yes, no, on and off as "
+                    "true or false"
+                )
             lines.append(f"{path}: {message}{shown}")
     return "\n".join(dict.fromkeys(lines))
 

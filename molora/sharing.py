@@ -12,6 +12,7 @@ from torch import nn
 from molora.config import SiteConfig
 from molora.errors import WrapError
 from molora.experts import AbstractExperts, FactorConfig, Place, SharedConfig
+from molora.experts.base import ExpertsConfig
 from molora.layer import sizes
 
 Group = tuple[str, str, str, str]
@@ -34,7 +35,8 @@ class Sharing:
 
     Raises:
         WrapError: Layers that share a tensor differ in what it is, stand on different
-            devices, or a target belongs to no numbered layer.
+            devices, a target belongs to no numbered layer, or a scope that was asked
+            for finds no two layers.
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class Sharing:
         self._sizes = {path: sizes(base) for path, base in targets.items()}
         self._seeded: dict[tuple[str, ...], torch.Generator] = {}
         first: dict[Group, str] = {}
+        several: set[Group] = set()
         for path, base in targets.items():
             for name, group in self._groups(path).items():
                 before = first.setdefault(group, path)
+                several |= {group} if before != path else set()
                 _check_same(name, before, path, settings)
                 setting = self._config(path).SHARED_BY
                 _check_device(setting, name, before, path, targets[before], base)
@@ -62,6 +66,9 @@ class Sharing:
                     self.features[group] = wide + own
                 else:
                     self.features[group] = max(wide, own)
+        for group, path in first.items():
+            if not any(group[:3] == other[:3] for other in several):
+                _check_asked(group, settings[path].experts.adapted())
 
     def places(self, path: str) -> dict[str, Place]:
         """Of the tensors of a layer that are shared with others or seeded.
@@ -156,6 +163,22 @@ def _common(path: str, scope: str, setting: str) -> str:
             "shares nothing with the scope layer; add it to exclude_modules"
         )
     return ".".join(parts[: number + 1])
+
+
+def _check_asked(group: Group, config: ExpertsConfig) -> None:
+    """Refuse a scope with which no two layers share; the family's own is no wish."""
+    kind, name, scope, _ = group
+    assert isinstance(config, SharedConfig)
+    setting = config.SHARED_BY
+    if getattr(config, setting) == type(config).model_fields[setting].default:
+        return
+    alone = ""
+    if isinstance(config, FactorConfig):
+        alone = f"list it (shared: [{name}]) to share it among the experts of a layer, "
+    raise WrapError(
+        f"experts.{setting}: no two target layers of {kind} have one {name} with the "
+        f"scope {scope}; {alone}set a scope that joins layers, or leave it out"
+    )
 
 
 def _check_same(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from molora.config import read_yaml
 from molora.context import TokenRows
+from molora.experts import EXPERTS, AbstractExperts
 from molora.registry import Registry
 from molora.routers import OBJECTIVES, ROUTERS, Routing
 from molora.routers.balance import Steering
@@ -80,9 +81,61 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Settings that a family needs on small layers."""
 
 
-def family_settings(kind: str, num_experts: int = 1) -> dict[str, Any]:
-    """The experts block of a config."""
-    return {"kind": kind, "num_experts": num_experts, **FAMILIES.get(kind, {})}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{f"mora {n}": {"kind": "mora", "mora_type": n} for n in (1, 2, 3, 4)},
+    "lokr whole": {"kind": "lokr", "r": None, "alpha": 4.0},
+    "lokr both": {"kind": "lokr", "r": 2, "decompose_both": True},
+    "lokr factor": {"kind": "lokr", "r": 2, "decompose_factor": 4},
+    "lora shared A": {"kind": "lora", "shared": ["A"]},
+    "lora shared B": {"kind": "lora", "shared": ["B"]},
+    "lora frozen": {"kind": "lora", "trainability": {"A": "frozen"}},
+    "lora seeded": {"kind": "lora", "trainability": {"A": "seeded"}},
+    "lora masked": {"kind": "lora", "trainability": {"B": "masked"}, "density": 0.5},
+    **{
+        f"lora {init}": {"kind": "lora", "r": 4, "init_lora_weights": init}
+        for init in ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
+    },
+    "oft r": {"kind": "oft", "oft_block_size": 0, "r": 2},
+    "oft coft": {"kind": "oft", "oft_block_size": 4, "coft": True, "eps": 0.5},
+    "oft block share": {"kind": "oft", "oft_block_size": 4, "block_share": True},
+    "oft cayley": {"kind": "oft", "oft_block_size": 4, "use_cayley_neumann": False},
+    "oft output": {"kind": "oft", "oft_block_size": 2, "side": "output"},
+    "boft 2": {"kind": "boft", "boft_block_size": 4, "boft_n_butterfly_factor": 2},
+    "vera alone": {"kind": "vera", "r": 6, "shared": []},
+    "ia3 input": {"kind": "ia3", "position": "input"},
+    "sparse r": {"kind": "sparse", "r": 2},
+    "superlora groups": {"kind": "superlora", "groups": 2},
+    "serial": {"kind": "bottleneck", "position": "serial"},
+    "loda mixers": {"kind": "loda", "mixers": 2},
+    "lora bias": {"kind": "sum", "parts": [{"kind": "lora"}, {"kind": "bitfit"}]},
+    "dora of lokr": {"kind": "dora", "inner": {"kind": "lokr", "r": 2}},
+    "dora of sum": {"kind": "dora", "inner": {"kind": "sum", **FAMILIES["sum"]}},
+}
+"""Settings other than the default ones with which a family is something else."""
+
+SCOPES: dict[str, dict[str, Any]] = {
+    "lora A by layer": {"kind": "lora", "shared": {"A": "layer"}},
+    "lora B by type": {"kind": "lora", "shared": {"B": "type"}},
+    "lora A by model": {"kind": "lora", "shared": {"A": "model"}},
+    "lotr by layer": {"kind": "lotr", "shared": {"A": "layer", "B": "layer"}},
+    "dora A by type": {
+        "kind": "dora",
+        "inner": {"kind": "lora", "shared": {"A": "type"}},
+    },
+}
+"""Settings that need several layers."""
+
+
+def family_settings(name: str, num_experts: int = 1) -> dict[str, Any]:
+    """The experts block of a config, of a family or a variant of one."""
+    settings = {"kind": name, **FAMILIES.get(name, {})}
+    settings = (VARIANTS | SCOPES).get(name, settings)
+    return {**settings, "num_experts": num_experts}
+
+
+def family_of(name: str) -> type[AbstractExperts]:
+    """The family of a name that ``family_settings`` takes."""
+    return EXPERTS[family_settings(name)["kind"]]
 
 
 def objective_settings(kind: str, weight: float = 1.0) -> dict[str, Any]:

@@ -433,6 +433,29 @@ def test_inspect_prints_sizes_and_finds_damage(
     assert "checksum" in capsys.readouterr().err
 
 
+SIZES = {
+    "oft": ({"oft_block_size": 4}, "-"),
+    "adalora": ({"init_r": 3}, "3"),
+    "dora": ({"inner": {"kind": "lora", "r": 5}}, "5"),
+    "lokr": ({"r": None, "alpha": 2.0}, "-"),
+    "ia3": ({}, "-"),
+}
+"""Settings of a family, and the rank that is told."""
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_inspect_tells_the_rank_of_what_has_one(
+    kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, told = SIZES[kind]
+    raw = {"target_modules": ["up_proj"], "experts": {"kind": kind, **settings}}
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    molora.wrap(model, molora.AdapterConfig.from_dict(raw)).save_pretrained(tmp_path)
+    assert molora_cli("inspect", tmp_path) == 0
+    (line,) = (c for c in _cells(words_of(capsys.readouterr().out)) if "up_proj" in c)
+    assert line[:4] == ["up_proj", "1", told, "none"]
+
+
 def test_validate_counts_rows_and_names_every_broken_file(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

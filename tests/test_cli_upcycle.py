@@ -1,5 +1,7 @@
 """molora import, molora grow and training from what they wrote, on a tiny model."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,21 @@ def loras(folder: Path) -> list[Path]:
         model.save_pretrained(folder / f"lora_{number}")
         made.append(folder / f"lora_{number}")
     return made
+
+
+def test_adapters_of_another_base_are_forced(
+    folder: Path, loras: list[Path], tmp_path: Path, capfd: Any
+) -> None:
+    shutil.copytree(loras[0], tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_config.json"
+    other = json.loads(file.read_text()) | {"base_model_name_or_path": "some/other"}
+    file.write_text(json.dumps(other))
+    given = ["import", folder / "base", tmp_path / "lora", "--output", tmp_path / "o"]
+    assert cli.molora_cli(*given) == 2
+    assert "--allow-base-mismatch" in capfd.readouterr().err
+    assert cli.molora_cli(*given, "--allow-base-mismatch") == 0
+    got = molora.load(base(folder), tmp_path / "o")
+    assert (logits(got) - logits(base(folder))).abs().max() > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +159,16 @@ def test_another_router_for_inference(
     assert cli.molora_cli("generate", run, "load_router.kind=adamole", *ask) == 2
     told = capfd.readouterr().err
     assert "gate.weight (2, 16)" in told and "Traceback" not in told
+    # after training, the scores are those of molora evaluate
+    trained = run_from(folder, out, "goose")
+    assert cli.molora_cli("train", trained, "load_router.kind=tokp") == 2
+    assert "unknown router 'tokp'" in capfd.readouterr().err
+    assert not (folder / "goose").exists()
+    assert cli.molora_cli("train", trained, *goose) == 0
+    told = cli.words_of(capfd.readouterr().out)
+    assert cli.molora_cli("evaluate", trained, *goose) == 0
+    scores = cli.words_of(capfd.readouterr().out)
+    assert ["Evaluation"] in scores and told[-len(scores) :] == scores
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {

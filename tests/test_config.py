@@ -91,6 +91,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"balance": {"kind": "switch", "weight": 1.0}}, ["balance:", "list"]),
     ({"target_modules": 3}, ["target_modules:"]),
     ({"target_modules": [3]}, ["target_modules.0:", "string"]),
+    ({"target_modules": [True]}, ["(got True); put quotes around it, YAML reads yes"]),
     ({"router": {"kind": "topk", "scope": "blok"}}, ["router.scope:", "'blok'"]),
     # ranges
     ({"experts": {**E4, "r": 0}}, ["experts.r: Input should be greater", "got 0"]),

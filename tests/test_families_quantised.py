@@ -13,7 +13,7 @@ import molora
 from molora.experts import EXPERTS
 from molora.model import sites
 from tests.bits import layer_of, plain
-from tests.registered import family_settings
+from tests.registered import VARIANTS, family_of, family_settings
 
 
 class Layer(nn.Module):
@@ -56,7 +56,7 @@ def step(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
-@pytest.mark.parametrize("kind", EXPERTS.names())
+@pytest.mark.parametrize("kind", [*EXPERTS.names(), *VARIANTS])
 def test_it_computes_what_it_does_on_the_dequantised_layer(
     kind: str, bits: str
 ) -> None:
@@ -76,12 +76,12 @@ def test_it_computes_what_it_does_on_the_dequantised_layer(
 
 
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
-@pytest.mark.parametrize("kind", EXPERTS.names())
+@pytest.mark.parametrize("kind", [*EXPERTS.names(), *VARIANTS])
 def test_it_merges_onto_the_dequantised_layer(kind: str, bits: str) -> None:
     quantised = Layer(bits)
     twin = wrapped(plain(quantised), kind, 1)
     model = wrapped(quantised, kind, 1)
-    if not EXPERTS[kind].linear:
+    if not family_of(kind).linear:
         with pytest.raises(molora.errors.WrapError, match="no change of a weight"):
             molora.merge(model, base="dequantised")
         return

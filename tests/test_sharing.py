@@ -320,6 +320,12 @@ def test_layers_that_cannot_share_are_named(tiny_llama: Factory) -> None:
         wrap({"A": "model"}, overrides=other)
     with pytest.raises(WrapError, match=r"'lm_head' belongs to no numbered layer"):
         wrap({"A": "layer"}, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(WrapError, match=r"no two target layers of lora have one A .*"):
+        wrap({"A": "layer"}, target_modules=["q_proj"])
+    with pytest.raises(WrapError, match=r"the scope type; list it .shared: \[B\]"):
+        wrap({"B": "type"}, target_modules=r"model.layers.0.*proj")
+    # layers of two groups may be alone in a third
+    assert sites(wrap({"A": "layer"}, target_modules=["q_proj", "0.mlp.up_proj"]))
     # another rank in a group of its own is fine
     other = [{"match": "down_proj", "experts": {"r": 5}}]
     assert len(sites(wrap({"A": "type"}, overrides=other))) == 6

@@ -93,12 +93,13 @@ def _sites_table(saved: SavedAdapter) -> Table:
     groups: dict[tuple[str, ...], list[str]] = {}
     for path, count in values.items():
         site = saved.config.site(path)
-        experts = site.experts.to_dict()
+        experts = site.experts.adapted().to_dict()
         routed = site.router.kind if site.experts.num_experts > 1 else "none"
         key = (
             path.rpartition(".")[2],
             str(site.experts.num_experts),
-            str(experts.get("r", "-")),
+            # 0 and null leave the size to another setting
+            str(experts.get("r", experts.get("init_r")) or "-"),
             routed,
             f"{count:,}",
         )

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from transformers import IntervalStrategy
 
+import molora
 from molora.commands import session
+from molora.continuing import continued
 from molora.errors import ConfigError
 from molora.run_config import RunConfig
 from molora.training import MoloraTrainer
@@ -38,7 +40,9 @@ def train(config: RunConfig, resume: bool) -> None:
         )
     arguments, settings = build_arguments(config.training)
     if config.load_router:
-        session.note("load_router is for loading; training uses adapter.router")
+        # before training: whether it means something with these experts
+        continued(config.adapter, {"router": config.load_router}, "load")
+        session.note("training uses adapter.router, the scores after it load_router")
     model, tokenizer = session.base(config)
     mixture = build_mixture(config.data, tokenizer)
     mixture.summary.print(session.out)
@@ -61,6 +65,9 @@ def train(config: RunConfig, resume: bool) -> None:
     model.save_pretrained(folder / "adapter")
     session.note(f"Wrote {folder / 'adapter'}")
     if eval_sets:
+        if config.load_router:
+            plain, router = molora.unwrap(model), config.load_router
+            model = molora.load(plain, folder / "adapter", router=router).eval()
         results = session.scores(config, model, tokenizer, eval_sets)
         session.out.print(session.score_table(results))
 

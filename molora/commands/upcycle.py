@@ -26,6 +26,7 @@ def import_peft(
     general_form: Subtract,
     lora_dropout: float,
     seed: int,
+    allow_base_mismatch: bool,
 ) -> None:
     """Make one adapter of PEFT LoRAs, or of a PEFT X-LoRA.
 
@@ -39,6 +40,7 @@ def import_peft(
         general_form: How; see ``molora.import_peft``.
         lora_dropout: Dropout of the experts in training.
         seed: Seed of the routers' initial weights.
+        allow_base_mismatch: Accept adapters that name another base.
 
     Raises:
         MoloraError: Folders or settings that do not fit.
@@ -58,6 +60,7 @@ def import_peft(
         general_form=general_form,
         lora_dropout=lora_dropout,
         seed=seed,
+        allow_base_mismatch=allow_base_mismatch,
     )
     model.save_pretrained(output)
     count = next(iter(sites(model).values())).experts.num_experts

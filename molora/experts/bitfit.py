@@ -45,6 +45,7 @@ class BitFitExperts(AbstractExperts):
         kind: Literal["bitfit"] = "bitfit"
         """Registered name."""
 
+    adds = True
     peft_type = "BEFT"
 
     def __init__(

@@ -66,7 +66,8 @@ class DoRAExperts(AbstractExperts):
 
         @pydantic.model_validator(mode="after")
         def _inner_fits(self) -> "DoRAExperts.Config":
-            _check_family(EXPERTS[self.adapted().kind])
+            for part in getattr(self.adapted(), "parts", [self.adapted()]):
+                _check_family(EXPERTS[part.kind])
             return self
 
         def adapted(self) -> ExpertsConfig:
@@ -77,8 +78,11 @@ class DoRAExperts(AbstractExperts):
             """
             if "num_experts" in self.inner:
                 raise ConfigError("inner.num_experts: set num_experts of dora instead")
+            if "kind" not in self.inner:
+                names = ", ".join(EXPERTS.names())
+                raise ConfigError(f"inner.kind: this field is required; one of {names}")
             try:
-                family = EXPERTS[str(self.inner.get("kind"))]
+                family = EXPERTS[str(self.inner["kind"])]
             except ConfigError as error:
                 raise ConfigError(f"inner.kind: {error}") from None
             settings = {**self.inner, "num_experts": self.num_experts}

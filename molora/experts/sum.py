@@ -26,7 +26,7 @@ from molora.experts.factor_config import FactorConfig
 class SumExperts(AbstractExperts):
     """E sums of updates of other families (RoSA: lora and sparse).
 
-    Limitations: parts must be linear updates that are added to the layer's output, and
+    Limitations: parts must be updates that are added to the layer's output, and
     share no tensors among layers; a sum has no PEFT format and no low-rank factors,
     even where its parts have.
 

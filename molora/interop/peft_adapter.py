@@ -4,6 +4,7 @@ A family reads one layer (``from_peft``) as the settings and the values of a ban
 one expert.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from molora.errors import CheckpointError, WrapError
 from molora.experts import EXPERTS
-from molora.interop.peft_folder import check_start, read_tensors, value_at
+from molora.interop.peft_folder import check_alone, check_start, read_tensors, value_at
 from molora.interop.peft_forms import PATTERNS, listed
+from molora.interop.peft_targets import check_layers
 from molora.layer import SUPPORTED, sizes
 from molora.manifest import CONFIG, read_json
 
@@ -82,8 +84,12 @@ def read_adapter(folder: str | Path, family: str, model: nn.Module) -> PeftAdapt
     folder = Path(folder)
     config = read_json(folder / CONFIG)
     check_start(folder, config)
+    check_alone(folder, config)
+    if config.get("use_cayley_neumann"):
+        _check_series(folder, config.get("peft_version"))
     cls, modules = EXPERTS[family], dict(model.named_modules())
     layers, outside = _by_path(folder, modules)
+    check_layers(folder, config, model, layers)
     blocks, states = {}, {}
     for path, tensors in layers.items():
         settings = _settings(config, str(cls.peft_type), path, folder)
@@ -102,6 +108,18 @@ def read_adapter(folder: str | Path, family: str, model: nn.Module) -> PeftAdapt
         states,
         {path: tensors | outside for path, tensors in layers.items()},
     )
+
+
+def _check_series(folder: Path, version: str | None) -> None:
+    """Refuse OFT's Cayley-Neumann series as it was before PEFT 0.18."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < (0, 18):
+        raise CheckpointError(
+            f"{folder}: written by PEFT {version or 'before 0.18'}, whose "
+            "use_cayley_neumann is another function than that since 0.18; train it "
+            "again, or name the version that trained it as peft_version in "
+            f"{CONFIG}"
+        )
 
 
 def _by_path(

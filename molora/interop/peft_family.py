@@ -19,7 +19,7 @@ from torch import nn
 from molora.errors import CheckpointError
 from molora.experts import AbstractExperts
 from molora.interop.peft_adapter import PeftAdapter, read_adapter
-from molora.interop.peft_folder import NO_EFFECT, WHY
+from molora.interop.peft_folder import NO_EFFECT
 from molora.layer import MoloraLinear
 from molora.manifest import CONFIG, read_json
 
@@ -109,11 +109,12 @@ def _check_fields(site: MoloraLinear, adapter: PeftAdapter, expert: int) -> None
     """Refuse what PEFT's files say and the bank does not."""
     folder, form = adapter.folder, site.experts.to_peft(expert)
     for name, value in read_json(folder / CONFIG).items():
-        neutral = not value or (name == "bias" and value == "none")
-        if neutral or name in _NO_EFFECT or name in form.settings:
-            continue
-        why = WHY.get(name, f"{type(site.experts).__name__} do not know it")
-        raise CheckpointError(f"{folder}: {name}={value!r}: {why}")
+        neutral = not value or (name, value) == ("bias", "none")
+        if not (neutral or name in _NO_EFFECT or name in form.settings):
+            raise CheckpointError(
+                f"{folder}: {name}={value!r}: {type(site.experts).__name__} do not "
+                "know it"
+            )
     own, theirs = form.tensors | form.model_tensors, adapter.tensors[site.path]
     if own.keys() != theirs.keys():
         raise CheckpointError(

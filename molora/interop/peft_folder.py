@@ -53,12 +53,20 @@ NO_EFFECT = {
 """Fields that are read here, or that change nothing once an adapter is trained."""
 
 WHY = {
-    "modules_to_save": "it trains whole modules beside the LoRA, which experts cannot "
-    "share. Retrain without modules_to_save",
+    "modules_to_save": "it trains whole modules beside the adapter, which experts "
+    "cannot share. Retrain without modules_to_save",
     "bias": "it trains biases of the base, which experts cannot share. Retrain with "
     "bias='none'",
     "lora_bias": "experts have no bias of their own. Retrain without lora_bias",
+    "alora_invocation_tokens": "it acts from these tokens of a prompt on, and experts "
+    "on all of them. Retrain without it",
+    "layer_replication": "its base has layers twice. Retrain without it",
+    "target_parameters": "it adapts parameters of modules that are no linear layer. "
+    "Retrain with target_modules alone",
+    "trainable_token_indices": "it trains rows of the embedding, which experts cannot "
+    "share. Retrain without it",
 }
+"""By field: why no expert can be made of what it adds."""
 
 PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base weight as it is."""
@@ -120,13 +128,23 @@ def check_start(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def check_alone(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what is more than an update of each layer."""
+    for name, why in WHY.items():
+        value = config.get(name)
+        if value and (name, value) != ("bias", "none"):
+            raise CheckpointError(f"{folder}: {name}={value!r}: {why}")
+
+
 def _check_variant(folder: Path, config: Mapping[str, Any]) -> None:
     check_start(folder, config)
+    check_alone(folder, config)
     for name, value in config.items():
-        if name in NO_EFFECT or not value or (name == "bias" and value == "none"):
-            continue
-        why = WHY.get(name, "this is no plain LoRA, and molora does not know it")
-        raise CheckpointError(f"{folder}: {name}={value!r}: {why}")
+        if name not in NO_EFFECT and name not in WHY and value:
+            raise CheckpointError(
+                f"{folder}: {name}={value!r}: this is no plain LoRA, and molora does "
+                "not know it"
+            )
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -32,6 +32,9 @@ PATTERNS = {
 }
 """By method: settings that may differ by layer, and the table PEFT reads them from."""
 
+PEFT_VERSION = "0.21.2"
+"""Version of PEFT whose formats are written; it warns of OFT that names none."""
+
 TAKES_CONV1D = {"LORA", "ADALORA", "VERA", "IA3"}
 """Methods that PEFT puts on GPT-2's Conv1D."""
 
@@ -90,6 +93,7 @@ def common_fields(
     can_generate = getattr(model, "can_generate", lambda: False)()
     fields = {
         "peft_type": kind,
+        "peft_version": PEFT_VERSION,
         "task_type": "CAUSAL_LM" if can_generate else None,
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "inference_mode": True,

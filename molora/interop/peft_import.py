@@ -161,7 +161,8 @@ def _check_bases(
         told = "; ".join(f"{where}: {base}" for where, base in named)
         raise CheckpointError(
             f"import_peft: the adapters belong to different bases ({told}). Load the "
-            "base they were trained on, or force it with allow_base_mismatch=True"
+            "base they were trained on, or force it with allow_base_mismatch=True "
+            "(--allow-base-mismatch)"
         )
 
 

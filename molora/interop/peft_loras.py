@@ -21,7 +21,9 @@ from molora.errors import CheckpointError
 from molora.experts import LoRAExperts
 from molora.interop.general import Subtract, subtract_general
 from molora.interop.peft_folder import PeftLora, read_lora
+from molora.interop.peft_targets import check_layers
 from molora.layer import SUPPORTED, MoloraLinear, sizes
+from molora.manifest import CONFIG, read_json
 
 
 @dataclass
@@ -124,6 +126,8 @@ def _check_targets(
                     f"{lora.folder}: {path} maps {a_rI.shape[1]} to {b_Or.shape[0]} "
                     f"features, in the model {' to '.join(map(str, sizes(module)))}"
                 )
+        config = read_json(lora.folder / CONFIG)
+        check_layers(lora.folder, config, model, lora.factors)
 
 
 def _block(loras: list[PeftLora], path: str, dropout: float) -> dict[str, Any]:

@@ -168,6 +168,32 @@ def test_without_a_base_it_is_the_update_alone() -> None:
     assert near(update.detach(), want.detach())
 
 
+def test_around_a_sum() -> None:
+    parts = [{"kind": "lora", "r": 2}, {"kind": "lora", "r": 1, "lora_alpha": 3.0}]
+    settings = {"kind": "sum", "parts": parts}
+    raw = {
+        "target_modules": ["lin"],
+        "experts": {"kind": "dora", "num_experts": 3, "inner": settings},
+        "router": {"kind": "soft"},
+    }
+    model: Any = nn.ModuleDict({"lin": random_layer()})
+    site = sites(molora.wrap(model, molora.AdapterConfig.from_dict(raw)))["lin"]
+    model.double()
+    generator = shake(model)
+    x, c = (torch.randn(6, n, generator=generator).double() for n in (10, 7))
+    gates = torch.rand(6, 3, generator=generator).double().requires_grad_()
+    experts: Any = site.experts
+    leaves = [gates, *experts.parameters()]
+    y = experts(x, gates, site.base(x))
+    both = [lora_deltas(part) for part in experts.inner.parts]
+    want = dense_sum(site, x, gates, [a + b for a, b in zip(*both, strict=True)])
+    assert near(y.detach(), want.detach())
+    got = torch.autograd.grad((y * c).sum(), leaves)
+    theirs = torch.autograd.grad((want * c).sum(), leaves)
+    for mine, right in zip(got, theirs, strict=True):
+        assert near(mine, right)
+
+
 class Dense(AbstractExperts):
     """A dense update for each expert, one of the families that are not low-rank."""
 
@@ -343,7 +369,11 @@ def test_trained_values(tiny_llama: Factory) -> None:
         ({"kind": "ia3"}, r"inner\.kind: IA3Experts changes what the layer reads"),
         ({"kind": "dora"}, "has magnitudes already"),
         ({"kind": "loraa"}, r"inner\.kind: unknown expert family 'loraa'"),
-        ({"r": 8}, r"inner\.kind: unknown expert family 'None'.*lora"),
+        ({"r": 8}, r"inner\.kind: this field is required; one of .*lora"),
+        (
+            {"kind": "sum", "parts": [{"kind": "lora"}, {"kind": "bitfit"}]},
+            r"inner\.kind: BitFitExperts changes the bias of the layer",
+        ),
         ({"kind": "lora", "num_experts": 2}, "set num_experts of dora"),
         ({"kind": "lora", "rank": 2}, r"experts\.inner\.rank: unknown field"),
     ],

@@ -135,6 +135,21 @@ def test_adapters_of_some_layers_leave_the_others(make: Any, tmp_path: Path) -> 
     assert list(sites(ours)) == ["model.layers.1.self_attn.q_proj"]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_the_layer_decides_is_not_read_from_the_config(
+    kind: str, make: Any, tmp_path: Path
+) -> None:
+    folder = adapters(make, tmp_path, kind)[1]
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"fan_in_fan_out": kind == "llama"}))
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        theirs = PeftModel.from_pretrained(make(kind), folder).eval()
+    assert (
+        logits(molora.import_peft(make(kind), [folder])) - logits(theirs)
+    ).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("train", ["router", "all"])
 def test_training_the_routers_alone_or_everything(
     train: Any, make: Any, tmp_path: Path
@@ -246,6 +261,14 @@ VARIANTS: list[tuple[dict[str, Any], str]] = [
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"bias": "all"}, "bias='all'"),
     ({"lora_bias": True}, "lora_bias"),
+    ({"alora_invocation_tokens": [3]}, "from these tokens of a prompt on"),
+    ({"target_parameters": ["experts"]}, "no linear layer"),
+    ({"trainable_token_indices": [3]}, "rows of the embedding"),
+    ({"layers_to_transform": [1]}, r"tensors of model.layers.0.*q_proj, which its con"),
+    ({"exclude_modules": ["0.self_attn.q_proj"]}, r"tensors of model.layers.0"),
+    ({"target_modules": ["q_proj", "v_proj"]}, r"no tensors of .*0.*v_proj, which"),
+    ({"target_modules": ".*[qv]_proj"}, r"no tensors of .*0.*v_proj, which"),
+    ({"target_modules": "("}, r"a/adapter_config.json: .*no regular expression"),
     ({"init_lora_weights": "pissa"}, "changed the base weight"),
     ({"use_something_new": True}, "use_something_new=True: this is no plain LoRA"),
     ({"peft_type": "POLY"}, "peft_type is 'POLY'"),

@@ -84,6 +84,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "POLY"}, r"peft_type is 'POLY'.*those that can: .*IA3.*LORA"),
     ({"peft_type": "MOLORA"}, "molora.load"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*trains whole modules"),
+    ({"bias": "all"}, "bias='all': it trains biases of the base"),
+    ({"layers_to_transform": [0]}, r"tensors of model.layers.1.*its config does not"),
+    ({"target_modules": ["q_proj", *TARGETS]}, r"no tensors of .*0.*q_proj, which its"),
     ({"something": 3}, "something=3: IA3Experts do not know it"),
     ({"feedforward_modules": ["up_proj"]}, r"down_proj: ia3_l is \[1, 64\].*\[32, 1\]"),
 ]
@@ -100,6 +103,21 @@ def test_what_cannot_be_read(
     with pytest.raises(CheckpointError, match=message):
         molora.import_peft(model, [tmp_path])
     assert not is_wrapped(model)
+
+
+@pytest.mark.parametrize("version", [None, "0.17.1"])
+def test_rotations_of_an_older_peft(
+    version: str | None, tiny_llama: Factory, tmp_path: Path
+) -> None:
+    written(tiny_llama, THEIRS["oft"][0], tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"peft_version": version}
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"since 0\.18"):
+        molora.import_peft(tiny_llama(), [tmp_path])
+    # without the series, every version says the same
+    file.write_text(json.dumps(config | {"use_cayley_neumann": False}))
+    assert is_wrapped(molora.import_peft(tiny_llama(), [tmp_path]))
 
 
 def test_tensors_that_do_not_fit(tiny_llama: Factory, tmp_path: Path) -> None:

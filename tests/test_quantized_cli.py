@@ -129,13 +129,22 @@ def test_merge_asks_which_base_is_meant(
     assert "'dequantised'" in error and "'original'" in error
     assert molora_cli("merge", run, "--base", "dequantized") == 2
     assert "neither" in capsys.readouterr().err
-    plain = ["model.quantization=none", "--base", "original"]
-    assert molora_cli("merge", run, *plain) == 2
-    assert "not quantised" in capsys.readouterr().err
+    # it was trained on the rounded weights, and those of the base are others
+    for given in ([], ["--base", "dequantised"]):
+        assert molora_cli("merge", run, "model.quantization=none", *given) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert "trained on a quantised base" in error and "--base original" in error
     held = molora.load(
         load_base(str(folder / "base"), quantization="nf4")[0], collapsed
     ).eval()
     exact = molora.load(load_base(str(folder / "base"))[0], collapsed).eval()
+    asked = ["model.quantization=none", "--base", "original"]
+    output = folder / "asked"
+    assert molora_cli("merge", run, *asked, "--output", output) == 0
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(output)(IDS).logits
+        assert relative(got, exact(input_ids=IDS).logits) < 1e-5
+    capsys.readouterr()
     for base, twin in {"dequantised": held, "original": exact}.items():
         output = folder / base
         assert molora_cli("merge", run, "--base", base, "--output", output) == 0

@@ -12,7 +12,6 @@ from molora.grow import grow as grow
 from molora.interop.peft import export_peft as export_peft
 from molora.interop.peft_experts import export_peft_experts as export_peft_experts
 from molora.interop.peft_import import import_peft as import_peft
-from molora.loftq import loftq as loftq
 from molora.loftq import loftq_factors as loftq_factors
 from molora.loftq import nf4 as nf4
 from molora.masks import mask_by_magnitude as mask_by_magnitude

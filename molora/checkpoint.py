@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from molora import loftq
 from molora.atomic import atomic_folder
 from molora.config import AdapterConfig
 from molora.continuing import continued
@@ -29,7 +30,8 @@ from molora.fingerprint import (
 from molora.freezing import set_trainable
 from molora.manifest import CARD, CONFIG, TENSORS, write_json
 from molora.manifest import write_manifest as write_manifest
-from molora.model import check_wrappable, sites, unwrap, wrap
+from molora.merging import note_training
+from molora.model import check_wrappable, sites, unwrap, wrap_begun
 from molora.model_card import is_generated, model_card
 from molora.quantized import known_weight
 from molora.saved import AdapterFile, SavedAdapter, read_adapter
@@ -133,6 +135,7 @@ def load(
     allow_base_mismatch: bool = False,
     *,
     router: Mapping[str, Any] | None = None,
+    original: nn.Module | None = None,
 ) -> M:
     """Wrap a base model with a saved adapter.
 
@@ -149,6 +152,8 @@ def load(
         router: Settings of the routers to replace; see ``continued``. Another kind must
             have parameters of the same names and shapes: vectors learned with kind
             ``sigmoid`` are used with ``{"kind": "phatgoose"}``.
+        original: The model before quantisation, which adapters trained with
+            ``init_lora_weights: loftq_iter_<T>``, T > 1, need on a base in NF4.
 
     Returns:
         The same object.
@@ -158,29 +163,37 @@ def load(
             adapter, or belongs to another base; or the other kind of router has other
             parameters.
         ConfigError: A wrong setting of the router.
-        WrapError: The base is wrapped already or cannot be wrapped.
+        WrapError: The base is wrapped already or cannot be wrapped; ``original`` is
+            missing, another model, or not read.
     """
     check_wrappable(base_model)
     saved = read_adapter(Path(folder))
     config = saved.config
     if router is not None:
         config = continued(config, {"router": router}, str(folder))
-    return _wrapped(base_model, saved, config, trainable, allow_base_mismatch)
+    return _wrapped(base_model, saved, config, trainable, allow_base_mismatch, original)
 
 
-def start_from(base_model: M, folder: str | Path, config: AdapterConfig) -> M:
+def start_from(
+    base_model: M,
+    folder: str | Path,
+    config: AdapterConfig,
+    original: nn.Module | None = None,
+) -> M:
     """Wrap a base model with a saved adapter, to train it on with other settings.
 
     Args:
         base_model: The model that the adapter was trained on.
         folder: What ``save_pretrained`` wrote.
         config: Its settings, changed by ``continued``.
+        original: See ``load``.
 
     Raises:
         CheckpointError, WrapError: See ``load``.
     """
     check_wrappable(base_model)
-    return _wrapped(base_model, read_adapter(Path(folder)), config, True, False)
+    saved = read_adapter(Path(folder))
+    return _wrapped(base_model, saved, config, True, False, original)
 
 
 def _wrapped(
@@ -189,6 +202,7 @@ def _wrapped(
     config: AdapterConfig,
     trainable: bool,
     allow_base_mismatch: bool,
+    original: nn.Module | None,
 ) -> M:
     """Wrap with a config and fill; whatever is raised, the base is as it was."""
     folder = saved.source.parent
@@ -201,11 +215,14 @@ def _wrapped(
     weights = {path: known_weight(layer) for path, layer in targets.items()}
     _check_base(saved, fingerprint(base_model, weights), allow_base_mismatch)
     with contextlib.ExitStack() as undo:
-        wrap(base_model, config)
+        # the values come from the file, those of LoftQ as well
+        wrap_begun(base_model, config, 0, loftq.asking)
         undo.callback(unwrap, base_model)
         if config.router != saved.config.router:
             check_routers(base_model, saved)
         fill(base_model, saved)
+        loftq.rebuild(sites(base_model), original)
+        note_training(base_model, saved.file.base.quantised)
         undo.pop_all()
     for site in sites(base_model).values():
         set_trainable(site, config.train, trainable)
@@ -245,6 +262,7 @@ def load_adapter_state(
         )
     weights = {path: site.known_weight() for path, site in found.items()}
     _check_base(saved, fingerprint(model, weights), allow_base_mismatch)
+    loftq.check_resumed(found, saved.tensors)
     fill(model, saved)
 
 

@@ -204,7 +204,8 @@ def merge(
     base: Annotated[
         str | None,
         typer.Option(
-            help="Weights of a quantised base to add to: dequantised or original.",
+            help="Weights to add to, dequantised or original, where the base is "
+            "quantised or was in training.",
             show_default=False,
         ),
     ] = None,

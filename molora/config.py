@@ -224,6 +224,10 @@ class AdapterConfig(Schema):
         kinds = [site for _, site in self._site_kinds()]
         return [site.router for site in kinds if site.experts.num_experts > 1]
 
+    def families(self) -> list[ExpertsConfig]:
+        """Settings of the experts that some layer may have."""
+        return [site.experts for _, site in self._site_kinds()]
+
     def _any_routed(self) -> bool:
         return any(site.experts.num_experts > 1 for _, site in self._site_kinds())
 

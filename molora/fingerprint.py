@@ -59,6 +59,11 @@ class Fingerprint(Schema):
     """The input embedding, where there is one; the only tensor that is compared where
     a layer is quantised."""
 
+    @property
+    def quantised(self) -> bool:
+        """Whether some target layer is."""
+        return any(site.bfloat16 is None for site in self.sites.values())
+
 
 def fingerprint(model: nn.Module, weights: Mapping[str, Tensor]) -> Fingerprint:
     """Describe a base by its config and the weights that carry adapters.

@@ -22,6 +22,7 @@ from molora.experts import EXPERTS, AbstractExperts, Place
 from molora.ffn import enter, leave, slots_of
 from molora.kernels import Layer, call_frozen
 from molora.mergeable import MergeableLinear
+from molora.quantized import is_nf4
 from molora.records import SiteStats
 from molora.route import decide, follow
 from molora.routers import ROUTERS, Routing
@@ -95,6 +96,7 @@ class MoloraLinear(MergeableLinear):
         )
         self.experts.frozen_weight = self._weight_OI
         self.experts.frozen_bias = self._bias_O
+        self.experts.in_nf4 = is_nf4(base)
         # in a tuple: the leader is no part of this module
         self._leader = () if leader is None else (leader,)
         self.followers: list[MoloraLinear] = []
@@ -158,7 +160,8 @@ class MoloraLinear(MergeableLinear):
                 return decoded
         runtime = self.runtime
         if runtime.disabled or self.merged:
-            plain: Tensor = self.base(x)
+            layer = self.base if self.merged else self.given_layer
+            plain: Tensor = layer(x)
             return plain
         x_TI = x.reshape(-1, self.in_features)
         shape = *x.shape[:-1], self.out_features

@@ -1,10 +1,25 @@
 """LoftQ: LoRA that starts at what quantising has taken from the base.
 
-    from A = B = 0, repeat:    Q <- quantise(W - s B A)
-                               s B A <- best part of rank r of W - Q
+    from A = B = 0, repeat T times:    Q <- quantise(W - s B A)
+                                       s B A <- best part of rank r of W - Q
 
 Reference: Li et al. 2023, arXiv:2310.08659, algorithm 1. PEFT takes s = 1 whatever
 lora_alpha is; here the scale is divided out, so that Q + s B A is near W for any.
+
+``init_lora_weights: loftq`` is T = 1, ``loftq_iter_5`` is T = 5. The model computes
+with Q: that of the base for T = 1, else another one, which is made when the model is
+wrapped or loaded. The layers of the base are kept beside it, half a byte for each
+weight more, for ``disabled`` and ``unwrap``. All experts have one start C = s B A, the
+frozen term of start.py, so that with gates that sum to one
+
+    Q + sum_e g_e s B_e A_e        is near W at the start, as with one expert
+
+and with smaller sums what is missing falls to Q. Saved are the start and, for T > 1,
+the iterate before it, from which Q follows: Q = quantise(W - C_last).
+
+On a base in any other form (unquantised, 8 bits) a saved adapter is read as the change
+that was learned, delta_e = s B_e A_e - C, which is added to the weights there. Merging
+onto the original weights means the same.
 
 Shape legend: I in features, O out features, r rank, F values that are stored in blocks.
 """
@@ -15,14 +30,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from molora.errors import WrapError
+from molora.config import AdapterConfig
+from molora.errors import CheckpointError, WrapError
 from molora.experts import LoRAExperts
+from molora.experts.start import loftq_steps
 from molora.layer import MoloraLinear
-from molora.model import sites
+from molora.originals import originals
+from molora.quantized import dequantised, keep_unpacked, requantised
 
 _BLOCK = 64
+_ADVICE = (
+    "give the unquantised model as original, for example original=load_base(name)[0]"
+)
 
 
 class LoftQ(NamedTuple):
@@ -82,86 +102,195 @@ def loftq_factors(
     """
     wide_OI = weight.float()
     q_OI = quantise(wide_OI)
-    a_rI, b_Or = _best_part(wide_OI - q_OI, rank, scale)
+    a_rI, b_rO = _best_part(wide_OI - q_OI, rank, scale)
     for _ in range(iterations - 1):
-        q_OI = quantise(wide_OI - scale * b_Or @ a_rI)
-        a_rI, b_Or = _best_part(wide_OI - q_OI, rank, scale)
-    return LoftQ(q_OI, a_rI, b_Or)
+        q_OI = quantise(_without(wide_OI, a_rI, scale * b_rO))
+        a_rI, b_rO = _best_part(wide_OI - q_OI, rank, scale)
+    return LoftQ(q_OI, a_rI, b_rO.t())
+
+
+def steps_of(config: AdapterConfig) -> int:
+    """Largest T of any layer, 0 where none starts from LoftQ."""
+    kinds = [own for own in config.families() if isinstance(own, LoRAExperts.Config)]
+    return max((loftq_steps(own.init_lora_weights) for own in kinds), default=0)
+
+
+def begin(banks: Mapping[str, MoloraLinear], original: nn.Module | None) -> None:
+    """Start the experts that ask for LoftQ, and give their layers Q.
+
+    Args:
+        banks: New banks by path, which are in no model yet.
+        original: The model before quantisation.
+
+    Raises:
+        WrapError: A layer that is not held in NF4, no original or another model; an
+            original that nothing reads; or experts inside of others.
+    """
+    found = asking(banks)
+    for path, site in found.items():
+        told = f"layer {path!r}: init_lora_weights: {_init(site)}"
+        if not site.experts.in_nf4:
+            raise WrapError(
+                f"{told} starts at what NF4 (blocks of 64) takes from the weights, and "
+                "this layer is not held so: load the base with model.quantization: nf4 "
+                "(load_base(name, quantization='nf4')), or take another "
+                "init_lora_weights, such as true or pissa"
+            )
+        if _experts(site).config.loftq_r is not None:
+            raise WrapError(
+                f"{told}: loftq_r stands in what molora.collapse has saved; drop it"
+            )
+        if original is None:
+            raise WrapError(f"{told} reads the weights from before: {_ADVICE}")
+    _refuse_unread(original, bool(found))
+    if original is not None:
+        weights = originals(original, _layers(found), "init_lora_weights: loftq")
+        for path, site in found.items():
+            _start(site, weights[path])
 
 
 @torch.no_grad()
-def loftq(model: nn.Module, original: Mapping[str, Tensor]) -> None:
-    """Start LoRA experts at what the quantised base of a model lacks (T = 1).
-
-    Every expert of a layer starts at the best part of rank r of W - Q, Q being the
-    weight that the layer multiplies by. With gates that sum to one the model then is
-    nearer to the original than its base; ``disabled`` and ``unwrap`` give that base.
-    Further iterations would change Q, and a bank never changes its base.
+def rebuild(banks: Mapping[str, MoloraLinear], original: nn.Module | None) -> None:
+    """Give layers the Q that their loaded experts were trained on.
 
     Args:
-        model: A wrapped model with a quantised base and untrained LoRA experts.
-        original: State dict of the model before it was quantised; other entries than
-            the weights of target layers are not read.
+        banks: Banks by path, with the values that were saved.
+        original: The model before quantisation, needed for T > 1 on a base in NF4.
 
     Raises:
-        WrapError: The model is not wrapped, a layer's weight is missing or has another
-            shape, or experts that cannot start there. Nothing is changed.
+        WrapError: No original, another model, or an original that nothing reads.
     """
-    starts = {
-        path: _best_part(
-            _original(site, original) - site.experts.frozen_weight().float(),
-            *_rank_and_scale(site),
+    found = {path: site for path, site in asking(banks).items() if _moves(site)}
+    if found and original is None:
+        path, site = next(iter(found.items()))
+        raise WrapError(
+            f"layer {path!r}: the adapter was trained with init_lora_weights: "
+            f"{_init(site)}, on weights that this base does not hold: NF4 of the "
+            f"original ones less a term. For this base {_ADVICE}; an unquantised one "
+            "takes the adapter as it is"
         )
-        for path, site in sites(model).items()
-    }
-    for path, site in sites(model).items():
-        assert isinstance(site.experts, LoRAExperts)
-        (a_rI, b_Or), values = starts[path], site.experts.value
-        values("A").copy_(a_rI.expand_as(values("A")))
-        values("B").copy_(b_Or.t().expand_as(values("B")))
+    _refuse_unread(original, bool(found))
+    if original is not None:
+        weights = originals(original, _layers(found), "init_lora_weights: loftq")
+        for path, site in found.items():
+            experts = _experts(site)
+            wide_OI = weights[path].to(experts.A_last.device).float()
+            rest_OI = _without(wide_OI, experts.A_last[0], experts.Bt_last[0])
+            site.hold(_held(site, rest_OI))
+
+
+def check_resumed(
+    banks: Mapping[str, MoloraLinear], tensors: Mapping[str, Tensor]
+) -> None:
+    """Refuse saved experts that were trained on another Q than a model now has.
+
+    Args:
+        banks: Banks by path.
+        tensors: What was saved, by its name in the model.
+
+    Raises:
+        CheckpointError: The iterates from which Q follows differ.
+    """
+    for path, site in asking(banks).items():
+        names = [f"{path}.experts.{name}" for name in ("A_last", "Bt_last")]
+        # what is missing is told where it is read
+        if not _moves(site) or not all(name in tensors for name in names):
+            continue
+        a_rI, b_rO = (tensors[name][0].float() for name in names)
+        experts = _experts(site)
+        now_OI = (experts.Bt_last[0].t() @ experts.A_last[0]).detach().float().cpu()
+        if (b_rO.t() @ a_rI - now_OI).norm() > 1e-4 * now_OI.norm():
+            raise CheckpointError(
+                f"{path}: the saved experts were trained on other 4-bit weights than "
+                f"LoftQ ({_init(site)}) has made here, where the SVD rounds "
+                "differently. Load them onto a plain base: "
+                "molora.load(base, folder, trainable=True, original=...)"
+            )
+
+
+def asking(banks: Mapping[str, MoloraLinear]) -> dict[str, MoloraLinear]:
+    """Those of some layers whose experts start from LoftQ.
+
+    Raises:
+        WrapError: Experts inside of others do.
+    """
+    found = {}
+    for path, site in banks.items():
+        for part in site.experts.modules():
+            if not isinstance(part, LoRAExperts):
+                continue
+            init = part.config.init_lora_weights
+            if loftq_steps(init) and part is not site.experts:
+                raise WrapError(
+                    f"layer {path!r}: init_lora_weights: {init} is for kind lora by "
+                    f"itself, not inside of {type(site.experts).__name__}"
+                )
+            if loftq_steps(init):
+                found[path] = site
+    return found
+
+
+@torch.no_grad()
+def _start(site: MoloraLinear, weight: Tensor) -> None:
+    """Run the algorithm from the layer as it is held; keep the last two iterates."""
+    experts, layer = _experts(site), site.base
+    rank, scale = experts.config.ranks()[0], experts.config.scales()[0]
+    wide_OI = weight.to(experts.A_start.device).float()
+    a_rI, b_rO = _best_part(wide_OI - dequantised(layer).float(), rank, scale)
+    for _ in range(loftq_steps(_init(site)) - 1):
+        experts.A_last.copy_(a_rI.unsqueeze(0))
+        experts.Bt_last.copy_(scale * b_rO.unsqueeze(0))
+        rest_OI = _without(wide_OI, experts.A_last[0], experts.Bt_last[0])
+        layer = _held(site, rest_OI)
+        a_rI, b_rO = _best_part(wide_OI - dequantised(layer).float(), rank, scale)
+    experts.keep_start(a_rI, b_rO)
+    experts.value("A").copy_(a_rI.expand_as(experts.value("A")))
+    experts.value("B").copy_(b_rO.expand_as(experts.value("B")))
+    experts.starts_at_zero = False
+    if layer is not site.base:
+        site.hold(layer)
+
+
+def _held(site: MoloraLinear, weight: Tensor) -> nn.Module:
+    """The layer of the base with another weight."""
+    keep_unpacked(site.given_layer)
+    return requantised(site.given_layer, weight)
 
 
 def _best_part(rest_OI: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A [r, I] and B [O, r] with s B A nearest to a matrix."""
+    """A [r, I] and B^T [r, O] with s B A nearest to a matrix."""
     u_OM, s_M, vt_MI = torch.linalg.svd(rest_OI, full_matrices=False)
-    root_r = (s_M[:rank] / scale).sqrt()
-    return root_r.unsqueeze(1) * vt_MI[:rank], u_OM[:, :rank] * root_r
+    root_r1 = (s_M[:rank] / scale).sqrt().unsqueeze(1)
+    return root_r1 * vt_MI[:rank], root_r1 * u_OM[:, :rank].t()
 
 
-def _original(site: MoloraLinear, original: Mapping[str, Tensor]) -> Tensor:
-    """W of a layer, [O, I] float32."""
-    key = f"{site.path}.weight"
-    if key not in original:
+def _without(wide_OI: Tensor, a_rI: Tensor, b_rO: Tensor) -> Tensor:
+    """W - s B A, the scale being in B."""
+    return wide_OI - b_rO.t() @ a_rI
+
+
+def _experts(site: MoloraLinear) -> LoRAExperts:
+    assert isinstance(site.experts, LoRAExperts)
+    return site.experts
+
+
+def _init(site: MoloraLinear) -> bool | str:
+    return _experts(site).config.init_lora_weights
+
+
+def _moves(site: MoloraLinear) -> bool:
+    """Whether the experts stand on another Q than that of the base."""
+    return site.experts.in_nf4 and loftq_steps(_init(site)) > 1
+
+
+def _layers(found: Mapping[str, MoloraLinear]) -> dict[str, nn.Module]:
+    return {path: site.base for path, site in found.items()}
+
+
+def _refuse_unread(original: nn.Module | None, is_read: bool) -> None:
+    if original is not None and not is_read:
         raise WrapError(
-            f"loftq: original lacks {key!r}; give the state dict of the model before "
-            "it was quantised"
+            "original: nothing here reads the unquantised model; it is for "
+            "init_lora_weights: loftq on a base in NF4, and on loading for "
+            "loftq_iter_<T> with T > 1. Leave it out"
         )
-    stored = original[key].to(site.experts.frozen_weight().device)
-    weight_OI = stored.t() if isinstance(site.base, Conv1D) else stored
-    wanted = site.out_features, site.in_features
-    if tuple(weight_OI.shape) != wanted:
-        raise WrapError(
-            f"loftq: {key!r} has the shape {tuple(weight_OI.shape)}, and the layer is "
-            f"{wanted}; give the state dict of the same model"
-        )
-    return weight_OI.float()
-
-
-def _rank_and_scale(site: MoloraLinear) -> tuple[int, float]:
-    """Of the experts of a layer, which all get the same start."""
-    experts, told = site.experts, f"loftq: site {site.path!r}"
-    if not isinstance(experts, LoRAExperts):
-        raise WrapError(f"{told} holds {type(experts).__name__}; it needs kind lora")
-    config = experts.config
-    ranks, scales = set(config.ranks()), set(config.scales())
-    plain = config.init_lora_weights in (True, "kaiming", "gaussian")
-    if len(ranks) > 1 or len(scales) > 1 or not plain or experts.places:
-        raise WrapError(
-            f"{told}: all experts get one start, which is that of this layer; it needs "
-            "one r, one lora_alpha, init_lora_weights true and no tensor that layers "
-            "share"
-        )
-    rank, directions = ranks.pop(), min(site.in_features, site.out_features)
-    if rank > directions:
-        raise WrapError(f"{told} has {directions} directions, fewer than r={rank}")
-    return rank, scales.pop()

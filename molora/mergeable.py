@@ -48,6 +48,8 @@ class MergeableLinear(nn.Module):
         self.backup_bias: Tensor | None = None
         self.gave_bias = False
         self.quantised: nn.Module | None = None
+        # in a tuple: it is no part of this module
+        self._given: tuple[nn.Module, ...] = ()
         self.merge_cost: MergeCost | None = None
 
     @property
@@ -69,6 +71,21 @@ class MergeableLinear(nn.Module):
     def frozen_layer(self) -> nn.Module:
         """Layer of the base model as it was before any merge."""
         return self.base if self.quantised is None else self.quantised
+
+    @property
+    def given_layer(self) -> nn.Module:
+        """Layer that the base model came with, which ``unwrap`` gives back."""
+        if not self._given:
+            return self.frozen_layer
+        given: Any = self._given[0].train(self.training)
+        device = self.weight.device
+        layer: nn.Module = given if given.weight.device == device else given.to(device)
+        return layer
+
+    def hold(self, layer: nn.Module) -> None:
+        """Compute with another layer than the one that the model came with."""
+        self._given = self._given or (self.base,)
+        self.base = layer
 
     def delta_weight(self, weight: Tensor | None = None) -> Tensor:
         """Dense update of the only expert, [O, I] float32.
@@ -145,6 +162,9 @@ class MergeableLinear(nn.Module):
             name: weight.float() + self.delta_weight(weight)
             for name, weight in weights.items()
         }
+        restored = self.experts.restored()
+        if restored is not None and "original" in sums:
+            sums["original"] -= restored
         merged = self._finite(sums[onto].to(dtype))
         bias = self._merged_bias(len(merged), dtype)
         costs = {name: relative(merged, value) for name, value in sums.items()}

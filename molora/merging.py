@@ -11,18 +11,17 @@ Shape legend
 from collections.abc import Mapping
 from typing import TypeVar
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from molora.errors import WrapError
 from molora.layer import MoloraLinear
 from molora.mergeable import MergeCost
+from molora.originals import originals
 from molora.quantized import (
     bits_of,
     compute_dtype,
     dequantised,
     plain_linear,
-    relative,
 )
 from molora.wrapped import adapter_parameters, sites
 
@@ -38,9 +37,13 @@ def merge(model: M, base: str | None = None, original: nn.Module | None = None) 
     one in the dtype that it computed in; ``merge_costs`` tells how far those with
     experts are from either weight.
 
+    Where experts hold what quantising took from the base, that is not added to the
+    original weights, which lack nothing (``init_lora_weights: loftq``).
+
     Args:
         model: A wrapped model whose banks all have one expert (see ``collapse``).
-        base: Where the base is quantised, one of ``BASES``; there is no default.
+        base: Where the base is quantised, one of ``BASES``; there is no default. Where
+            it is not, and a loaded adapter was trained on one that is, ``original``.
         original: The model before quantisation, for example of
             ``load_base(name)``; needed for ``original``, else only for the costs. With
             ``original`` the result is that of an adapter loaded onto that model.
@@ -59,10 +62,15 @@ def merge(model: M, base: str | None = None, original: nn.Module | None = None) 
         raise WrapError("the model is merged already; call molora.unmerge first")
     _check_untied(model, found)
     quantised = {p: s.base for p, s in found.items() if bits_of(s.base) is not None}
-    check_choice(bool(quantised), base, original is not None)
+    check_choice(
+        bool(quantised),
+        base,
+        original is not None,
+        model.__dict__["_molora_state"].get("rounded", False),
+    )
     rest = _others(model, quantised) if quantised else {}
     layers = {**quantised, **rest}
-    weights = {} if original is None else _originals(original, layers)
+    weights = {} if original is None else originals(original, layers, "merge")
     banks = adapter_parameters(model)
     frozen = [p for name, p in model.named_parameters() if name not in banks]
     done: list[MoloraLinear] = []
@@ -116,17 +124,35 @@ def merge_costs(model: nn.Module) -> dict[str, MergeCost]:
     return {path: s.merge_cost for path, s in found if s.merge_cost is not None}
 
 
-def check_choice(quantised: bool, base: str | None, given: bool = True) -> None:
+def note_training(model: nn.Module, quantised: bool) -> None:
+    """Note whether the adapter of a model was trained on a quantised base."""
+    model.__dict__["_molora_state"]["rounded"] = quantised
+
+
+def check_choice(
+    quantised: bool, base: str | None, given: bool = True, rounded: bool = False
+) -> None:
     """Refuse a merge that does not say onto which weights, or says so for nothing.
 
     Args:
         quantised: Whether the base is.
         base: One of ``BASES``, or None.
         given: Whether the model before quantisation is at hand.
+        rounded: Whether the adapter was trained on a quantised base.
 
     Raises:
         WrapError: It is missing, unknown, or means nothing.
     """
+    if not quantised and rounded:
+        if base != "original":
+            raise WrapError(
+                "merge: the adapter was trained on a quantised base, and this one "
+                "holds the original weights, which it was not trained on: say "
+                "base='original' (--base original) to add the update to them, or "
+                "quantise the base as it was (model.quantization) and say "
+                "base='dequantised' (--base dequantised)"
+            )
+        return
     if not quantised and base is not None:
         raise WrapError(
             f"merge: base={base!r} is a choice for quantised bases; this one is not "
@@ -146,40 +172,6 @@ def check_choice(quantised: bool, base: str | None, given: bool = True) -> None:
             "merge: base='original' needs the weights before quantisation: give the "
             "unquantised model as original, for example that of load_base(name)"
         )
-
-
-def _originals(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Weights [O, I] of the unquantised model for some quantised layers of its twin.
-
-    Args:
-        model: The model before quantisation.
-        layers: Quantised layers by path.
-
-    Raises:
-        WrapError: A layer is missing, has another shape, is quantised as well, or
-            holds weights that were not what was quantised.
-    """
-    found: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
-    for path, layer in layers.items():
-        twin = modules.get(path)
-        if not isinstance(twin, nn.Linear | Conv1D) or bits_of(twin) is not None:
-            raise WrapError(
-                f"merge: original has no unquantised linear layer {path!r}; give the "
-                "model that was quantised, loaded without quantisation"
-            )
-        weight = twin.weight.detach()
-        weight = weight.t() if isinstance(twin, Conv1D) else weight
-        rounded = dequantised(layer)
-        same = weight.shape == rounded.shape
-        # 4 bits cost about a tenth, weights of another model more than all
-        if not same or relative(rounded, weight.to(rounded.device)) > 0.5:
-            raise WrapError(
-                f"merge: original is another model: its layer {path!r} does not hold "
-                "the weights that were quantised"
-            )
-        found[path] = weight
-    return found
 
 
 def _others(model: nn.Module, taken: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -4,14 +4,14 @@ Wrapping replaces the target layers in place and swaps the model's class for a s
 of the same name (wrapped.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from molora import quantized
+from molora import loftq, quantized
 from molora.banks import make_banks
 from molora.config import AdapterConfig
 from molora.errors import WrapError
@@ -27,7 +27,12 @@ from molora.wrapped import sites as sites
 M = TypeVar("M", bound=nn.Module)
 
 
-def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
+def wrap(
+    model: M,
+    config: AdapterConfig,
+    seed: int = 0,
+    original: nn.Module | None = None,
+) -> M:
     """Give every target layer its bank of experts, in place.
 
     Base parameters are frozen. The update is zero at the start, so outputs do not
@@ -39,6 +44,8 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
             bitsandbytes.
         config: Targets, experts, router, balance.
         seed: Seed of the initial values.
+        original: The model before quantisation, for ``init_lora_weights: loftq``, which
+            replaces the 4-bit weights while the model is wrapped; see loftq.py.
 
     Returns:
         The same object.
@@ -46,7 +53,31 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
     Raises:
         WrapError: The model is wrapped already, is a PEFT model, has a quantiser that
             cannot be trained, or 4-bit layers that cannot be read, or the targets or
-            the layout do not fit. The model is left untouched.
+            the layout do not fit; ``original`` is missing, another model, or not
+            read. The model is left untouched.
+    """
+    return wrap_begun(model, config, seed, lambda banks: loftq.begin(banks, original))
+
+
+def wrap_begun(
+    model: M,
+    config: AdapterConfig,
+    seed: int,
+    begin: Callable[[Mapping[str, MoloraLinear]], object],
+) -> M:
+    """Wrap a model with banks that begin otherwise, for example as they were saved.
+
+    Args:
+        model: See ``wrap``.
+        config: See ``wrap``.
+        seed: See ``wrap``.
+        begin: Called with the new banks by path, before they enter the model.
+
+    Returns:
+        The same object.
+
+    Raises:
+        WrapError: See ``wrap``; also what ``begin`` raises leaves the model untouched.
     """
     check_wrappable(model)
     targets = find_targets(model, config)
@@ -59,6 +90,7 @@ def wrap(model: M, config: AdapterConfig, seed: int = 0) -> M:
         if config.train == "newest":
             split_newest(bank)
         set_trainable(bank, config.train)
+    begin(banks)
     frozen = {n: p.requires_grad for n, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -88,7 +120,7 @@ def unwrap(model: M) -> M:
     found = sites(model)
     plain = any(site.quantised is not None for site in found.values())
     for path, site in found.items():
-        _replace(model, path, site.base)
+        _replace(model, path, site.base if site.merged else site.given_layer)
     detach(model)
     if plain:
         quantized.drop_marks(model)

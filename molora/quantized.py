@@ -15,6 +15,7 @@ Shape legend
     I in features   O out features
 """
 
+import copy
 import functools
 import importlib.util
 import logging
@@ -63,6 +64,12 @@ def check_scheme(quantization: str) -> None:
             f"quantization {quantization!r} needs bitsandbytes. Run: "
             "pip install 'molora[quantized]'"
         )
+
+
+def is_nf4(layer: nn.Module) -> bool:
+    """Whether a layer holds NF4 values in blocks of 64."""
+    state = _weight(layer).quant_state if bits_of(layer) == 4 else None
+    return state is not None and (state.quant_type, state.blocksize) == ("nf4", 64)
 
 
 def loading(quantization: str, device: str | None) -> dict[str, Any]:
@@ -116,6 +123,29 @@ def dequantised(layer: nn.Module) -> Tensor:
     scale = held.SCB if held.SCB is not None else state.SCB
     weight = bnb.functional.int8_vectorwise_dequant(held.data, scale)
     return weight
+
+
+def requantised(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A 4-bit layer like another one, with a weight of its own.
+
+    Args:
+        layer: Settings, bias, device and dtype are taken from it.
+        weight: [O, I]; it is rounded to the dtype that the layer was quantised from.
+    """
+    made, held = copy.copy(layer), _weight(layer)
+    # the copy is flat
+    made._parameters = dict(layer._parameters)
+    fresh = sys.modules["bitsandbytes"].nn.Params4bit(
+        weight.to(held.quant_state.dtype),
+        requires_grad=False,
+        blocksize=held.blocksize,
+        compress_statistics=held.compress_statistics,
+        quant_type=held.quant_type,
+        quant_storage=held.quant_storage,
+        module=made,
+    )
+    made.register_parameter("weight", fresh.to(held.device))
+    return made
 
 
 def known_weight(layer: nn.Module) -> Tensor:

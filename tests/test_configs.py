@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 import molora
+from molora.loftq import steps_of
 from molora.model import adapter_parameters, sites
 from molora.run_config import RunConfig, load_run_config
 from molora.training.data import load_task_rows
+from tests.bits import quantise
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -57,7 +59,15 @@ def test_it_is_built_and_every_trained_value_is_reached(
     config = load_run_config(file)
     # eight segments of four singular values need layers of 32 features
     more = {"num_key_value_heads": 4} if file.stem == "goat" else {}
-    model = molora.wrap(base(**more), config.adapter, seed=config.seed)
+    if config.model.quantization == "nf4":
+        # on a CPU, 4-bit layers need widths that are multiples of 64
+        more = {"hidden_size": 64, "intermediate_size": 64}
+    plain, twin = base(**more), None
+    if config.model.quantization != "none":
+        plain = quantise(plain, config.model.quantization)
+    if steps_of(config.adapter):
+        twin = base(**more)
+    model = molora.wrap(plain, config.adapter, seed=config.seed, original=twin)
     tasks = [task.name for task in config.data.tasks]
     size = (len(tasks), 12)
     ids = torch.randint(3, 128, size, generator=torch.Generator().manual_seed(0))

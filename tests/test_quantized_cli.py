@@ -129,13 +129,22 @@ def test_merge_asks_which_base_is_meant(
     assert "'dequantised'" in error and "'original'" in error
     assert molora_cli("merge", run, "--base", "dequantized") == 2
     assert "neither" in capsys.readouterr().err
-    plain = ["model.quantization=none", "--base", "original"]
-    assert molora_cli("merge", run, *plain) == 2
-    assert "not quantised" in capsys.readouterr().err
+    # it was trained on the rounded weights, and those of the base are others
+    for given in ([], ["--base", "dequantised"]):
+        assert molora_cli("merge", run, "model.quantization=none", *given) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert "trained on a quantised base" in error and "--base original" in error
     held = molora.load(
         load_base(str(folder / "base"), quantization="nf4")[0], collapsed
     ).eval()
     exact = molora.load(load_base(str(folder / "base"))[0], collapsed).eval()
+    asked = ["model.quantization=none", "--base", "original"]
+    output = folder / "asked"
+    assert molora_cli("merge", run, *asked, "--output", output) == 0
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(output)(IDS).logits
+        assert relative(got, exact(input_ids=IDS).logits) < 1e-5
+    capsys.readouterr()
     for base, twin in {"dequantised": held, "original": exact}.items():
         output = folder / base
         assert molora_cli("merge", run, "--base", base, "--output", output) == 0
@@ -149,3 +158,44 @@ def test_merge_asks_which_base_is_meant(
             want = twin(input_ids=IDS).logits
         # layers without experts hold the weights asked for as well
         assert relative(got, want) < 1e-5
+
+
+def test_a_run_from_loftq(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "loftq"
+    sets = [
+        "adapter.experts.init_lora_weights=loftq_iter_2",
+        "adapter.experts.num_experts=1",
+        "adapter.router={kind: none}",
+        f"training.output_dir={out}",
+        "training.save_steps=1",
+    ]
+    run = [folder / "run.yaml", *sets]
+    assert molora_cli("train", *run) == 0
+    assert molora_cli("train", *run, "training.max_steps=5", "--resume") == 0
+    assert (out / "checkpoint-5").is_dir()
+    trained = read_adapter(out / "adapter")
+    assert trained.config.experts.init_lora_weights == "loftq_iter_2"
+    assert molora_cli("evaluate", *run) == 0
+    assert molora_cli("generate", *run, "--prompt", "one :") == 0
+    base, twin = (
+        load_base(str(folder / "base"), quantization=held)[0]
+        for held in ("nf4", "none")
+    )
+    model = molora.load(base, out / "adapter", original=twin).eval()
+    elsewhere = molora.load(twin, out / "adapter").eval()
+    for choice, held in {"dequantised": model, "original": elsewhere}.items():
+        merged = ["--base", choice, "--output", folder / f"loftq_{choice}"]
+        assert molora_cli("merge", *run, *merged) == 0
+        plain = AutoModelForCausalLM.from_pretrained(folder / f"loftq_{choice}")
+        with torch.no_grad():
+            want = held(input_ids=IDS).logits
+            assert relative(plain(IDS).logits, want) < 1e-5
+    capsys.readouterr()
+    exported = ["--output", folder / "loftq_peft"]
+    assert molora_cli("export", *run, *exported) == 2
+    assert "model.quantization=none" in capsys.readouterr().err
+    assert molora_cli("export", *run, "model.quantization=none", *exported) == 0
+    assert molora_cli("train", *run, "model.quantization=none", "--resume") == 2
+    assert "load the base with model.quantization: nf4" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -189,7 +189,11 @@ def test_merging_onto_the_original_is_loading_onto_it(
     model = wrapped(load_base(folder, quantization="nf4")[0])
     model.save_pretrained(tmp_path)
     molora.merge(model, base="original", original=load_base(folder)[0])
-    there = molora.merge(molora.load(load_base(folder)[0], tmp_path))
+    there = molora.load(load_base(folder)[0], tmp_path)
+    for base in (None, "dequantised"):
+        with pytest.raises(WrapError, match=r"trained on a quantised.*'original'"):
+            molora.merge(there, base)
+    molora.merge(there, "original")
     torch.testing.assert_close(logits(model), logits(there), rtol=1e-5, atol=1e-6)
 
 

@@ -214,8 +214,8 @@ class LoraHub(Collapser):
             for path, site in factors.items()
         }
         ranks = {path: delta.rank for path, delta in deltas.items()}
-        config = single_config(model.molora_config, ranks)  # type: ignore[arg-type]
         found = sites(model)
+        config = single_config(model.molora_config, ranks, found)  # type: ignore[arg-type]
         banks = {p: single_expert(found[p], d, config) for p, d in deltas.items()}
         return banks, replace_banks(model, banks, config)
 

@@ -125,11 +125,12 @@ class Run:
     def result(self) -> tuple[AdapterConfig, dict[str, AbstractExperts]]:
         """Config and banks of one expert for every site."""
         deltas = {path: outcome.delta for path, outcome in self.outcomes.items()}
+        found = sites(self.model)
         config = single_config(
             self.model.molora_config,  # type: ignore[arg-type]
             {path: delta.rank for path, delta in deltas.items()},
+            found,
         )
-        found = sites(self.model)
         return config, {
             p: single_expert(found[p], delta, config) for p, delta in deltas.items()
         }

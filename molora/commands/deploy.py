@@ -81,11 +81,12 @@ def merge(config: RunConfig, adapter: Path, output: Path, base: str | None) -> N
         config: The run.
         adapter: Folder of the adapter.
         output: Folder for the model and its tokenizer.
-        base: Which weights a quantised base stands for; see ``molora.merge``.
+        base: Which weights a quantised base stands for, or that the original ones are
+            meant where only the adapter's own base was; see ``molora.merge``.
 
     Raises:
         MoloraError: No adapter, one with several experts, a folder in the way, or a
-            quantised base without ``base``.
+            quantised base, here or in training, without ``base``.
     """
     session.require_other(adapter, output)
     quantised = config.model.quantization != "none"

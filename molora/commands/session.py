@@ -17,9 +17,10 @@ from molora.checkpoint import start_from
 from molora.config import AdapterConfig
 from molora.continuing import continued
 from molora.errors import CheckpointError, ConfigError
+from molora.loftq import steps_of
 from molora.model import adapter_parameters, sites
 from molora.run_config import RunConfig
-from molora.saved import read_adapter
+from molora.saved import read_adapter, read_settings
 from molora.training.arguments import build_arguments
 from molora.training.data import EvalSet, build_eval_sets
 from molora.training.evaluation import TaskResult, evaluate
@@ -42,6 +43,23 @@ def base(config: RunConfig) -> Loaded:
     )
 
 
+def original(
+    config: RunConfig, adapter: AdapterConfig, least: int = 1
+) -> PreTrainedModel | None:
+    """Load the unquantised base of a run, where LoftQ reads it; else None.
+
+    Args:
+        config: The run.
+        adapter: Settings of the adapter.
+        least: Iterations of LoftQ from which on it is read: 2 for a saved adapter.
+    """
+    settings = config.model
+    if settings.quantization != "nf4" or steps_of(adapter) < least:
+        return None
+    note("LoftQ reads the unquantised base")
+    return load_base(settings.name, settings.dtype)[0]
+
+
 def give_adapter(config: RunConfig, model: PreTrainedModel) -> None:
     """Wrap the base of a run, with new experts or those that it starts from.
 
@@ -49,9 +67,11 @@ def give_adapter(config: RunConfig, model: PreTrainedModel) -> None:
         MoloraError: Targets or an adapter that do not fit.
     """
     if config.start_from is None:
-        molora.wrap(model, config.adapter, seed=config.seed)
+        twin = original(config, config.adapter)
+        molora.wrap(model, config.adapter, seed=config.seed, original=twin)
     else:
-        start_from(model, config.start_from, config.adapter)
+        twin = original(config, config.adapter, 2)
+        start_from(model, config.start_from, config.adapter, twin)
     trained = [p for p in adapter_parameters(model).values() if p.requires_grad]
     values = sum(p.numel() for p in trained)
     note(f"{len(sites(model))} target layers, {values:,} trained values")
@@ -79,7 +99,8 @@ def trained(config: RunConfig, adapter: Path) -> Loaded:
     require_adapter(adapter)
     model, tokenizer = base(config)
     router = config.load_router or None
-    return molora.load(model, adapter, router=router).eval(), tokenizer
+    twin = original(config, read_settings(adapter), 2)
+    return molora.load(model, adapter, router=router, original=twin).eval(), tokenizer
 
 
 def require_adapter(adapter: Path) -> None:

@@ -57,6 +57,8 @@ class AbstractExperts(nn.Module, abc.ABC):
     peft_type: ClassVar[str | None] = None
     """Name of the method in PEFT; None where PEFT has it not."""
     num_experts: int
+    in_nf4: bool = False
+    """Whether the frozen layer is held in NF4; the bank sets it."""
     frozen_weight: Callable[[], Tensor]
     """Gives the frozen weight [O, I], dequantised; the bank sets it."""
     frozen_bias: Callable[[], Tensor | None]
@@ -121,6 +123,13 @@ class AbstractExperts(nn.Module, abc.ABC):
 
     def delta_bias(self, expert: int, bias: Tensor) -> Tensor | None:
         """What one expert adds to the bias [O] of the frozen layer; None: nothing."""
+        return None
+
+    def restored(self) -> Tensor | None:
+        """What quantising took from the frozen weight and every expert holds, [O, I].
+
+        None: nothing of it. On the weight from before it would count twice.
+        """
         return None
 
     @abc.abstractmethod

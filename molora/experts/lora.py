@@ -20,7 +20,7 @@ from typing import Annotated, Literal, Self
 
 import pydantic
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from molora.errors import WrapError
 from molora.experts.base import EXPERTS
@@ -30,6 +30,7 @@ from molora.experts.start import (
     StartedExperts,
     check_init,
     factors_of,
+    loftq_steps,
     orthogonal,
     reads_weight,
     sets_both,
@@ -64,7 +65,10 @@ class LoRAExperts(StartedExperts, FactorExperts):
         """Divide lora_alpha by sqrt(r) instead of r."""
         init_lora_weights: bool | str = True
         """Start of A and B: true (kaiming), gaussian, orthogonal, pissa,
-        pissa_niter_<iterations> or olora; see start.py."""
+        pissa_niter_<iterations>, olora, loftq or loftq_iter_<iterations>; see start.py.
+        LoftQ is for bases in NF4 and reads the unquantised one; see loftq.py."""
+        loftq_r: Rank | None = None
+        """Rank of the start of LoftQ where it is not r; set by ``collapse``."""
 
         @pydantic.field_validator("init_lora_weights")
         @classmethod
@@ -74,6 +78,8 @@ class LoRAExperts(StartedExperts, FactorExperts):
         @pydantic.model_validator(mode="after")
         def _start_fits(self) -> Self:
             init = self.init_lora_weights
+            if self.loftq_r is not None and not loftq_steps(init):
+                raise ValueError("loftq_r: init_lora_weights is not loftq; drop it")
             if not sets_both(init):
                 return self
             told = f"init_lora_weights: {init} sets A and B of every expert together, "
@@ -127,12 +133,12 @@ class LoRAExperts(StartedExperts, FactorExperts):
     def build(self, in_features: int, out_features: int) -> None:
         """See base class."""
         config = self.config
-        self.ranks = config.ranks()
-        widest = max(self.ranks)
+        ranks = config.ranks()
+        widest = max(ranks)
         self.add("A", (widest, in_features), uniform(self.features("A")))
         self.add("B", (widest, out_features))
-        if len(set(self.ranks)) > 1:
-            for expert, rank in enumerate(self.ranks):
+        if len(set(ranks)) > 1:
+            for expert, rank in enumerate(ranks):
                 self.value("A").data[expert, rank:] = 0
         self._begin(self._generator)
         scales = config.scales()
@@ -147,22 +153,26 @@ class LoRAExperts(StartedExperts, FactorExperts):
         if init == "gaussian" and "A" not in self._owners:
             values = self.whole("A").data
             values.normal_(generator=generator)
-            for expert, rank in enumerate(self.ranks[: len(values)]):
+            for expert, rank in enumerate(self.config.ranks()[: len(values)]):
                 values[expert] /= rank
                 values[expert, rank:] = 0
         elif init == "orthogonal":
             orthogonal(self.value("A"), self.value("B"), generator)
-        elif reads_weight(init):
-            if r > min(wide_in, wide_out):
+        elif reads_weight(init) or loftq_steps(init):
+            rows = self.config.loftq_r or r
+            if rows > min(wide_in, wide_out):
                 raise WrapError(
-                    f"experts.r={r}: init_lora_weights {init} takes r of the "
+                    f"experts.r={rows}: init_lora_weights {init} takes r of the "
                     f"{min(wide_in, wide_out)} directions of a layer; lower r there"
                 )
             self._seed = int(torch.randint(2**62, (), generator=generator))
-            self.add_correction((r, wide_in, wide_out), -self.config.scales()[0])
+            self.add_correction((rows, wide_in, wide_out), -self.config.scales()[0])
             self.frozen = (*self.frozen, "A_start", "Bt_start")
-            # rows of every expert's factors, those of the frozen term among them
-            self.ranks = [2 * r] * self.num_experts
+            if loftq_steps(init) > 1:
+                # of the iterate before, from which the base follows; s is in B
+                self.A_last = nn.Parameter(torch.zeros_like(self.A_start))
+                self.Bt_last = nn.Parameter(torch.zeros_like(self.Bt_start))
+                self.frozen = (*self.frozen, "A_last", "Bt_last")
 
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
@@ -175,6 +185,17 @@ class LoRAExperts(StartedExperts, FactorExperts):
         self.keep_start(a_rI, b_rO)
         self.value("A").copy_(a_rI.expand_as(self.value("A")))
         self.value("B").copy_(b_rO.expand_as(self.value("B")))
+
+    @property
+    def ranks(self) -> list[int]:
+        """Rows of each expert's factors, those of the frozen term among them."""
+        more = self.A_start.shape[1] if self.taken_off() else 0
+        return [rank + more for rank in self.config.ranks()]
+
+    def taken_off(self) -> float:
+        """See base class; the base that LoftQ starts from lacks the term."""
+        lacking = self.in_nf4 and loftq_steps(self.config.init_lora_weights)
+        return 0.0 if lacking else self.correction
 
     def own(self) -> tuple[Tensor, Tensor, float | Tensor]:
         """See base class."""

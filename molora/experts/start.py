@@ -2,6 +2,7 @@
 
     PiSSA       W = U S V^T   A = sqrt(S_r / s) V_r^T   B = U_r sqrt(S_r / s)
     OLoRA       W = Q R       A = R_r                   B = Q_r
+    LoftQ       W - Q = U S V^T   A, B as in PiSSA, Q near W - s B A in 4 bits
     orthogonal  Q random      A = Q_odd^T N_1 / 10      B = N_2 Q_even / 10
     gaussian                  A from N(0, 1 / r^2)      B = 0
 
@@ -18,8 +19,14 @@ is zero whatever the gates. Where these sum to one,
 which for one expert is what the papers train; where they sum to less, what is missing
 falls to the base. Dropout is not on C, just as it is not on the papers' base.
 
+LoftQ trains on Q, which lacks C already. Nothing is taken off there, so that the update
+is C at the start; with gates that sum to one the model then is near the unquantised
+one, and where they sum to less, what is missing falls to Q. On a base in any other
+form C is taken off as above. See molora/loftq.py.
+
 References: Meng et al. 2024 (PiSSA), arXiv:2404.02948, equations 2 to 4; Büyükakyüz
-2024 (OLoRA), arXiv:2406.01775, algorithm 1; the others as PEFT 0.21.2 draws them, where
+2024 (OLoRA), arXiv:2406.01775, algorithm 1; Li et al. 2023 (LoftQ), arXiv:2310.08659,
+algorithm 1; the others as PEFT 0.21.2 draws them, where
 the rows of Q make B A zero.
 Shape legend: see base.py; R rows of the start.
 """
@@ -34,6 +41,7 @@ from molora.errors import WrapError
 from molora.experts.base import BilinearExperts, Part
 
 _FAST = re.compile(r"pissa_niter_([1-9][0-9]*)")
+_LOFTQ = re.compile(r"loftq(?:_iter_([1-9][0-9]*))?")
 _PLAIN = (True, "kaiming", "gaussian")
 
 
@@ -44,15 +52,15 @@ def check_init(init: bool | str) -> bool | str:
         ValueError: There is none of that name.
     """
     known = (*_PLAIN, "orthogonal", "pissa", "olora")
-    if init not in known and not _FAST.fullmatch(str(init)):
+    patterns = _FAST, _LOFTQ
+    if init not in known and not any(p.fullmatch(str(init)) for p in patterns):
         why = {
             False: "A random B would change the model before it is trained. ",
             "goat": "GOAT is a family of its own, experts.kind goat. ",
-            "loftq": "LoftQ needs the weight before it was quantised: molora.loftq. ",
         }.get(init, "")
         raise ValueError(
             f"{why}There are true (kaiming), gaussian, orthogonal, pissa, "
-            "pissa_niter_<iterations> and olora"
+            "pissa_niter_<iterations>, olora, loftq and loftq_iter_<iterations>"
         )
     return init
 
@@ -60,6 +68,12 @@ def check_init(init: bool | str) -> bool | str:
 def reads_weight(init: bool | str) -> bool:
     """Whether an initialiser starts from the frozen weight."""
     return init in ("pissa", "olora") or bool(_FAST.fullmatch(str(init)))
+
+
+def loftq_steps(init: bool | str) -> int:
+    """Iterations T of LoftQ, 1 where none are named; 0 for other initialisers."""
+    found = _LOFTQ.fullmatch(str(init))
+    return int(found[1] or 1) if found else 0
 
 
 def sets_both(init: bool | str) -> bool:
@@ -75,6 +89,18 @@ class StartedExperts(BilinearExperts):
 
     correction: float = 0.0
     """What C is multiplied by: minus its scale, or 0 where there is none."""
+
+    def taken_off(self) -> float:
+        """What C is multiplied by on this base; 0 where the base lacks it already."""
+        return self.correction
+
+    def restored(self) -> Tensor | None:
+        """See base class."""
+        if self.taken_off() == self.correction:
+            return None
+        wide = torch.promote_types(self.A_start.dtype, torch.float32)
+        a_RI, b_RO = self.A_start[0].to(wide), self.Bt_start[0].to(wide)
+        return (-self.correction * b_RO.t() @ a_RI).detach()
 
     @abc.abstractmethod
     def own(self) -> tuple[Tensor, Tensor, float | Tensor]:
@@ -99,19 +125,19 @@ class StartedExperts(BilinearExperts):
 
     def parts(self) -> list[Part]:
         """See base class; the frozen term is taken off once, for the sum of gates."""
-        own = Part(*self.own(), self.lora_dropout)
-        if not self.correction:
+        own, taken_off = Part(*self.own(), self.lora_dropout), self.taken_off()
+        if not taken_off:
             return [own]
-        return [Part(self.A_start, self.Bt_start, self.correction), own]
+        return [Part(self.A_start, self.Bt_start, taken_off), own]
 
     def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
         """See base class; every expert carries the frozen term with it."""
-        A, Bt, scale = self.own()
-        if not self.correction:
+        (A, Bt, scale), taken_off = self.own(), self.taken_off()
+        if not taken_off:
             return A, Bt, scale
         assert isinstance(scale, float)
         a_start = self.A_start.expand(len(A), -1, -1)
-        b_start = self.Bt_start.expand(len(Bt), -1, -1) * (self.correction / scale)
+        b_start = self.Bt_start.expand(len(Bt), -1, -1) * (taken_off / scale)
         return torch.cat([A, a_start], 1), torch.cat([Bt, b_start], 1), scale
 
 

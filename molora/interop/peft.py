@@ -80,6 +80,7 @@ def export_peft(
     found = sites(model)
     for site in found.values():
         _check_single(site)
+    refuse_restored(found)
     if rank is not None and (type(rank) is not int or rank < 1):
         raise WrapError(f"export_peft: rank is {rank!r}; give a whole number above 0")
     if rank is None and all(has_own_form(site.experts) for site in found.values()):
@@ -180,6 +181,22 @@ def _check_single(site: MoloraLinear) -> None:
         f"site {site.path!r} routes among {experts.num_experts} experts, which a PEFT "
         f"adapter cannot do; {advice}"
     )
+
+
+def refuse_restored(found: dict[str, MoloraLinear]) -> None:
+    """Refuse experts that are right on one quantised base only, which PEFT has not.
+
+    Raises:
+        WrapError: Some hold what quantising took from their layer.
+    """
+    for path, site in found.items():
+        if site.experts.restored() is not None:
+            raise WrapError(
+                f"site {path!r}: the experts hold what LoftQ found missing in the "
+                "4-bit weights, and PEFT would add it to any base; load the adapter "
+                "onto the unquantised base (model.quantization=none) and export it "
+                "from there, as the change that was learned"
+            )
 
 
 def _check_factors(found: dict[str, MoloraLinear]) -> None:

@@ -19,7 +19,7 @@ from molora.config import AdapterConfig
 from molora.errors import WrapError
 from molora.experts import BilinearExperts, LoRAExperts
 from molora.freezing import whole_parameters
-from molora.interop.peft import peft_config
+from molora.interop.peft import peft_config, refuse_restored
 from molora.interop.peft_forms import by_layer, has_own_form, write_forms
 from molora.layer import MoloraLinear
 from molora.manifest import CONFIG, TENSORS, write_json, write_manifest
@@ -56,6 +56,7 @@ def export_peft_experts(model: nn.Module, folder: str | Path) -> list[Path]:
             f"layers have {sorted(counts)} experts, so there is no adapter for each "
             "expert that covers them all; run molora.collapse, or save_pretrained"
         )
+    refuse_restored(found)
     own = all(has_own_form(site.experts) for site in found.values())
     names = [f"expert_{e}" for e in range(counts.pop())]
     config = model.molora_config

@@ -263,7 +263,8 @@ def test_a_grown_expert_has_the_start_of_the_others(tiny_llama: Factory) -> None
         ({"init_lora_weights": "pissa_niter_0"}, "pissa_niter_<iterations>"),
         ({"init_lora_weights": False}, "A random B would change the model"),
         ({"init_lora_weights": "goat"}, r"experts\.kind goat"),
-        ({"init_lora_weights": "loftq"}, r"before it was quantised: molora\.loftq"),
+        ({"init_lora_weights": "loftq_iter_0"}, "loftq and loftq_iter_<iterations>"),
+        ({"init_lora_weights": "loftq", "r": [2, 3]}, "one r and one lora_alpha"),
         ({"init_lora_weights": "pissa", "r": [2, 3]}, "one r and one lora_alpha"),
         (
             {"init_lora_weights": "olora", "trainability": {"B": "masked"}},

@@ -92,6 +92,7 @@ class MoloraLinear(MergeableLinear):
         )
         self.experts.frozen_weight = self._weight_OI
         self.experts.frozen_bias = self._bias_O
+        self.experts.frozen_sources = self.frozen_sources
         # in a tuple: the leader is no part of this module
         self._leader = () if leader is None else (leader,)
         self.followers: list[MoloraLinear] = []
@@ -217,7 +218,7 @@ class MoloraLinear(MergeableLinear):
             shared = shared_shrink.update(self, x, routing, context)
             if shared is not None:
                 return shared
-        base = self._base(x, x_TI, routing.gates)
+        base = self._base(x, x_TI, routing.gates, routing.top_k)
         y: Tensor = self.experts(x_TI, routing.gates, base, routing.top_k)
         return y
 
@@ -231,12 +232,18 @@ class MoloraLinear(MergeableLinear):
         slots = context.slots[decider.site]
         return leave(self, x, slots) if self.ends_ffn else enter(self, x, slots)
 
-    def _base(self, x: Tensor, x_TI: Tensor, gates: Tensor | None) -> Tensor | Layer:
+    def _base(
+        self,
+        x: Tensor,
+        x_TI: Tensor,
+        gates: Tensor | None,
+        top_k: int | None = None,
+    ) -> Tensor | Layer:
         """Output of the frozen layer as [T, O], or that layer where experts call it."""
         differentiable = x.requires_grad and torch.is_grad_enabled()
         if differentiable and self.experts.takes_layer and self._is_frozen():
             return functools.partial(self._frozen, x.shape)
-        edited_TI = self.experts.edit_input(x_TI, gates)
+        edited_TI = self.experts.edit_input(x_TI, gates, top_k)
         y: Tensor = self.base(x if edited_TI is x_TI else edited_TI.view(x.shape))
         return y.reshape(-1, self.out_features)
 

@@ -93,7 +93,8 @@ class Keeping(nn.Module):
     def _apply(self, *args: Any, **settings: Any) -> Self:
         """Move or cast, and forget what is kept."""
         self._kept.forget()
-        return super()._apply(*args, **settings)
+        super()._apply(*args, **settings)  # type: ignore[no-untyped-call]
+        return self
 
 
 class _Seen(NamedTuple):

@@ -20,6 +20,8 @@ X = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)).double()
 KEEPING: dict[str, dict[str, Any]] = {
     "dora": DORA,
     "dora around lokr": {"kind": "dora", "inner": {"kind": "lokr", "r": 2}},
+    "oft": {"kind": "oft", "oft_block_size": 5},
+    "boft": {"kind": "boft", "boft_block_size": 2, "boft_n_butterfly_factor": 1},
 }
 
 

@@ -51,6 +51,7 @@ class ForwardContext:
         tasks: Task of each row, as given to ``molora.tasks``; None when not given.
         mask_source: Which argument the mask came from, for messages.
         rows: B; None when the arguments do not tell.
+        continues: Whether its tokens go on from a key-value cache that holds some.
         prompt: What the forward tells of the prompt, for routers that read it.
         means: Means of the prompt that sites have read in this forward.
         routes: Routings of this forward that sites share, by the site that made them;
@@ -66,6 +67,7 @@ class ForwardContext:
     tasks: tuple[str, ...] | None = None
     mask_source: str = "none"
     rows: int | None = None
+    continues: bool = False
     prompt: Prompt | None = None
     means: Means = field(default_factory=dict, repr=False, compare=False)
     routes: "dict[str, Routing]" = field(
@@ -253,6 +255,11 @@ class Runtime:
             )
         return ForwardContext(tasks=self.tasks)
 
+    @property
+    def continues(self) -> bool:
+        """Whether the running forward goes on from a cache; see ``ForwardContext``."""
+        return self.current is not None and self.current.continues
+
     @contextmanager
     def use(self, context: ForwardContext | None, disabled: int) -> Iterator[None]:
         """Be inside the block as a forward was: its context, adapter on or off."""
@@ -335,4 +342,7 @@ def forward_context(
         prompt = read_prompt(
             arguments, mask_BS, runtime.prompts, training, runtime.identity
         )
-    return ForwardContext(mask_BS, runtime.tasks, source, rows, prompt)
+    length = getattr(arguments.get("past_key_values"), "get_seq_length", int)()
+    # a tensor is on the device, and nothing here waits for that
+    continues = isinstance(length, int) and length > 0
+    return ForwardContext(mask_BS, runtime.tasks, source, rows, continues, prompt)

@@ -96,6 +96,7 @@ class MoloraLinear(MergeableLinear):
         )
         self.experts.frozen_weight = self._weight_OI
         self.experts.frozen_bias = self._bias_O
+        self.experts.frozen_sources = self.frozen_sources
         self.experts.in_nf4 = is_nf4(base)
         # in a tuple: the leader is no part of this module
         self._leader = () if leader is None else (leader,)
@@ -158,6 +159,8 @@ class MoloraLinear(MergeableLinear):
             decoded = one_token(self, x)
             if decoded is not None:
                 return decoded
+            if not self.runtime.continues:
+                self.experts.forget()
         runtime = self.runtime
         if runtime.disabled or self.merged:
             layer = self.base if self.merged else self.given_layer
@@ -188,13 +191,25 @@ class MoloraLinear(MergeableLinear):
         if watched:
             # sums of tokens are not for half precision, which autocast would use
             with torch.autocast(y.device.type, enabled=False):
-                values: dict[str, Tensor] = {}
-                if self.training and self.router is not None:
-                    # objectives see what tokens asked for, overflow included
-                    y = self._balance(y, wanted, context, seen, values)
-                if runtime.trace is not None or runtime.stats is not None:
-                    self._record(routing, context, seen, values)
+                # objectives see what tokens asked for, overflow included
+                y = self._watched(y, wanted, routing, context, seen)
         return y.view(shape)
+
+    def _watched(
+        self,
+        y: Tensor,
+        wanted: Routing,
+        routing: Routing,
+        context: ForwardContext,
+        shape: Sequence[int],
+    ) -> Tensor:
+        """The output with the balance objectives on it, for who trains or records."""
+        values: dict[str, Tensor] = {}
+        if self.training and self.router is not None:
+            y = self._balance(y, wanted, context, shape, values)
+        if self.runtime.trace is not None or self.runtime.stats is not None:
+            self._record(routing, context, shape, values)
+        return y
 
     def routing(self, x: Tensor, context: ForwardContext) -> Routing:
         """Where the tokens of an input go: as the own router says, or the leader's.
@@ -227,7 +242,7 @@ class MoloraLinear(MergeableLinear):
             shared = shared_shrink.update(self, x, routing, context)
             if shared is not None:
                 return shared
-        base = self._base(x, x_TI, routing.gates)
+        base = self._base(x, x_TI, routing.gates, routing.top_k)
         y: Tensor = self.experts(x_TI, routing.gates, base, routing.top_k)
         return y
 
@@ -241,12 +256,18 @@ class MoloraLinear(MergeableLinear):
         slots = context.slots[decider.site]
         return leave(self, x, slots) if self.ends_ffn else enter(self, x, slots)
 
-    def _base(self, x: Tensor, x_TI: Tensor, gates: Tensor | None) -> Tensor | Layer:
+    def _base(
+        self,
+        x: Tensor,
+        x_TI: Tensor,
+        gates: Tensor | None,
+        top_k: int | None = None,
+    ) -> Tensor | Layer:
         """Output of the frozen layer as [T, O], or that layer where experts call it."""
         differentiable = x.requires_grad and torch.is_grad_enabled()
         if differentiable and self.experts.takes_layer and self._is_frozen():
             return functools.partial(self._frozen, x.shape)
-        edited_TI = self.experts.edit_input(x_TI, gates)
+        edited_TI = self.experts.edit_input(x_TI, gates, top_k)
         y = call_frozen(self.base, x if edited_TI is x_TI else edited_TI.view(x.shape))
         return y.reshape(-1, self.out_features)
 

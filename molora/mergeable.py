@@ -12,7 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from molora.errors import WrapError
 from molora.experts import AbstractExperts
-from molora.quantized import bits_of, dequantised, known_weight, plain_linear, relative
+from molora.quantized import (
+    bits_of,
+    dequantised,
+    known_weight,
+    plain_linear,
+    relative,
+    tensors_of,
+)
 
 
 class MergeCost(NamedTuple):
@@ -233,6 +240,10 @@ class MergeableLinear(nn.Module):
         weight = layer.weight if self.backup is None else self.backup
         assert isinstance(weight, Tensor)
         return weight.detach()
+
+    def frozen_sources(self) -> list[Tensor]:
+        """Every tensor that the weight of the frozen layer is made of."""
+        return tensors_of(self.frozen_layer)
 
     def known_weight(self) -> Tensor:
         """What a fingerprint reads: of a quantised layer the shape alone."""

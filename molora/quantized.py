@@ -148,6 +148,22 @@ def requantised(layer: nn.Module, weight: Tensor) -> nn.Module:
     return made
 
 
+def tensors_of(layer: nn.Module) -> list[Tensor]:
+    """Every tensor that the weight of a layer is made of, quantised or not."""
+    held, bits = _weight(layer), bits_of(layer)
+    if bits is None:
+        return [held]
+    if bits == 8:
+        state: Any = layer.state
+        return [held, held.SCB if held.SCB is not None else state.SCB]
+    nested = held.quant_state.state2
+    found = [
+        *vars(held.quant_state).values(),
+        *(vars(nested).values() if nested else ()),
+    ]
+    return [held, *(value for value in found if isinstance(value, Tensor))]
+
+
 def known_weight(layer: nn.Module) -> Tensor:
     """What a fingerprint reads of a layer.
 

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import pydantic
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from molora.errors import WrapError
 from molora.experts.peft_form import PeftForm
+from molora.kept import Keeping
 from molora.kernels import Layer, lowrank_mixture
 from molora.registry import Registry
 from molora.schema import Schema
@@ -32,7 +33,7 @@ class ExpertsConfig(Schema):
         return self
 
 
-class AbstractExperts(nn.Module, abc.ABC):
+class AbstractExperts(Keeping, abc.ABC):
     """E updates of one frozen layer.
 
     A family supplies ``forward`` and ``delta_weight``, and ``edit_input`` and
@@ -63,6 +64,8 @@ class AbstractExperts(nn.Module, abc.ABC):
     """Gives the frozen weight [O, I], dequantised; the bank sets it."""
     frozen_bias: Callable[[], Tensor | None]
     """Gives the frozen bias [O], if there is one; the bank sets it."""
+    frozen_sources: Callable[[], list[Tensor]]
+    """Gives every tensor that the frozen weight is made of; the bank sets it."""
 
     def start(self, weight: Tensor) -> None:
         """Take initial values from the frozen weight [O, I]; most families take none.
@@ -72,12 +75,15 @@ class AbstractExperts(nn.Module, abc.ABC):
         """
         return None
 
-    def edit_input(self, x: Tensor, gates: Tensor | None) -> Tensor:
+    def edit_input(
+        self, x: Tensor, gates: Tensor | None, top_k: int | None = None
+    ) -> Tensor:
         """Change what the frozen layer reads; x itself where nothing changes.
 
         Args:
             x: [T, I] inputs, which the router has read.
             gates: [T, E]; None means one expert with gate 1.
+            top_k: As in ``forward``.
 
         Returns:
             [T, I] in the dtype of x.
@@ -196,10 +202,6 @@ class BilinearExperts(AbstractExperts):
     @abc.abstractmethod
     def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return A [E or 1, r, I], Bt [E or 1, r, O], scale (number or [E])."""
-
-    def sources(self) -> list[Tensor]:
-        """Every tensor that the factors are made of, for who keeps what they gave."""
-        return [*self.parameters(), *self.buffers()]
 
     def forward(
         self,

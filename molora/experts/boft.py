@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from molora.errors import WrapError
 from molora.experts.base import EXPERTS, AbstractExperts, ExpertsConfig
 from molora.experts.gated_sum import gated_sum
+from molora.experts.magnitude import magnified
 from molora.experts.oft import cayley_turn, check_divides, near_divisors, turned
 from molora.experts.peft_form import PeftForm
 
@@ -45,10 +46,10 @@ class BOFTExperts(AbstractExperts):
 
     Limitations: with output_scale several experts have to run the frozen weight each,
     on the tokens that use them, and a quantised weight is dequantised for it (not with
-    one expert, and not with side: output). Every expert rotates every token; the update
-    has full rank, so a mixture has no low-rank collapse. PEFT reads m > 1 only where
-    its CUDA extension is built. Of the b^2 stored values of a block b (b - 1) / 2 are
-    free.
+    one expert, and not with side: output). The update has full rank, so a mixture has
+    no low-rank collapse. Without a gradient C - I is kept, as large as the parameters,
+    until they change (kept.py). PEFT reads m > 1 only where its CUDA extension is
+    built. Of the b^2 stored values of a block b (b - 1) / 2 are free.
 
     Args:
         config: Settings.
@@ -109,13 +110,16 @@ class BOFTExperts(AbstractExperts):
         if config.output_scale:
             self.scale = nn.Parameter(torch.ones(E, out_features))
 
-    def edit_input(self, x: Tensor, gates: Tensor | None) -> Tensor:
+    def edit_input(
+        self, x: Tensor, gates: Tensor | None, top_k: int | None = None
+    ) -> Tensor:
         """See base class."""
         # scaled experts do not share a run of the frozen layer
         alone = self.scale is None or gates is None
         if not self.on_input or not alone:
             return x
-        return (x + gated_sum(change, x, [self.turns()], gates)).to(x.dtype)
+        turns = self.kept(self.turns)
+        return (x + gated_sum(change, x, [turns], gates, top_k)).to(x.dtype)
 
     def forward(
         self,
@@ -128,18 +132,16 @@ class BOFTExperts(AbstractExperts):
         if self.on_input and self.scale is None:
             return base
         bias_O = self.frozen_bias()
-        plain_TO = base if bias_O is None else base - bias_O
         y = base
         if self.scale is not None:
-            more_EO = self.scale - 1
-            more = more_EO if gates is None else gates.to(more_EO.dtype) @ more_EO
-            y = y + plain_TO * more
+            y = magnified(base, bias_O, gates, self.scale)
         scales = [] if self.scale is None else [self.scale]
         if not self.on_input:
-            parameters = [self.turns().mT, *scales]
+            plain_TO = base if bias_O is None else base - bias_O
+            parameters = [self.kept(self.turns).mT, *scales]
             y = y + gated_sum(_change_back, plain_TO, parameters, gates, top_k)
         elif gates is not None:
-            parameters = [self.turns(), *scales]
+            parameters = [self.kept(self.turns), *scales]
             y = y + gated_sum(self._through, x, parameters, gates, top_k)
         return y.to(base.dtype)
 

@@ -29,10 +29,11 @@ from molora.experts.base import (
     AbstractExperts,
     BilinearExperts,
     ExpertsConfig,
+    Part,
     mixed,
 )
 from molora.experts.factors import Place
-from molora.experts.magnitude import magnified, row_norms
+from molora.experts.magnitude import magnified, require_norms, row_norms
 from molora.experts.peft_form import PeftForm
 from molora.experts.start import require_values
 from molora.kernels import Layer
@@ -43,10 +44,10 @@ class DoRAExperts(AbstractExperts):
     """Experts of another linear family, and a magnitude for each output of each.
 
     Limitations: dropout is on the inner update alone; PEFT's DoRA drops values of the
-    base term as well. The norms are taken in every forward, which decoding feels: ten
-    times the cost of LoRA's layer for one token; one expert can be merged. Around a
-    family that is not low-rank the norms take one dense update at a time, and in
-    training every expert runs twice.
+    base term as well. Without a gradient the norms are kept until a tensor changes
+    (kept.py). Around a family that is not
+    low-rank they take one dense update at a time, and in training every expert runs
+    twice.
 
     Args:
         config: Settings.
@@ -128,13 +129,7 @@ class DoRAExperts(AbstractExperts):
         self.inner.frozen_bias = self.frozen_bias
         self.inner.start(weight)
         norms_EO = self.norms(weight)
-        if not (norms_EO > 0).all():
-            row = int((~(norms_EO > 0)).any(0).nonzero()[0])
-            raise WrapError(
-                f"experts.kind dora divides by the norm of every row of a frozen "
-                f"weight [{weight.shape[0]}, {weight.shape[1]}], and row {row} is zero "
-                "or not a number; leave this layer out of target_modules"
-            )
+        require_norms(norms_EO, weight)
         self.magnitude.copy_(norms_EO)
 
     def forward(
@@ -159,7 +154,7 @@ class DoRAExperts(AbstractExperts):
         top_k: int | None,
     ) -> Tensor:
         """Base output plus updates; the bias is what the base output holds."""
-        ratio_EO = self.magnitude / self.norms(self.frozen_weight())
+        ratio_EO, parts = self.kept(self._scaled)
 
         def scaled(y_TO: Tensor) -> Tensor:
             return magnified(y_TO, bias_O, gates, ratio_EO)
@@ -168,12 +163,8 @@ class DoRAExperts(AbstractExperts):
             assert not isinstance(base, Tensor)
             return scaled(base(x_TI))
 
-        inner, given = self.inner, scaled(base) if isinstance(base, Tensor) else around
-        # a forward of its own may do more than its parts say
-        if type(inner).forward is BilinearExperts.forward:
-            assert isinstance(inner, BilinearExperts)
-            ratio_E1O = ratio_EO.unsqueeze(1)
-            parts = [part._replace(Bt=part.Bt * ratio_E1O) for part in inner.parts()]
+        given = scaled(base) if isinstance(base, Tensor) else around
+        if parts:
             return mixed(parts, x, gates, given, top_k, self.training)
         plain_TO = base if isinstance(base, Tensor) else base(x)
         y_TO = scaled(plain_TO)
@@ -181,6 +172,20 @@ class DoRAExperts(AbstractExperts):
             call = (x, gates, plain_TO, ratio_EO[expert], expert)
             y_TO = y_TO + checkpoint(self._of_one, *call, use_reentrant=False)
         return y_TO
+
+    def sources(self) -> list[Tensor]:
+        """See base class; the norms are those of the frozen weight too."""
+        return [self.magnitude, *self.inner.sources(), *self.frozen_sources()]
+
+    def _scaled(self) -> tuple[Tensor, list[Part]]:
+        """Ratios m / c [E, O], and the parts of a low-rank family times that."""
+        ratio_EO = self.magnitude / self.norms(self.frozen_weight())
+        # a forward of its own may do more than its parts say
+        if type(self.inner).forward is not BilinearExperts.forward:
+            return ratio_EO, []
+        assert isinstance(self.inner, BilinearExperts)
+        r_E1O = ratio_EO.unsqueeze(1)
+        return ratio_EO, [p._replace(Bt=p.Bt * r_E1O) for p in self.inner.parts()]
 
     def _of_one(
         self,
@@ -210,14 +215,9 @@ class DoRAExperts(AbstractExperts):
                 c_EO = row_norms(weight, *self.inner.factors())
                 return c_EO.expand(self.num_experts, -1)
             wide_OI = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            return torch.stack(
-                [
-                    torch.linalg.vector_norm(
-                        wide_OI + self.inner.delta_weight(e, wide_OI), dim=1
-                    )
-                    for e in range(self.num_experts)
-                ]
-            )
+            experts = range(self.num_experts)
+            each = (wide_OI + self.inner.delta_weight(e, wide_OI) for e in experts)
+            return torch.stack([torch.linalg.vector_norm(v_OI, dim=1) for v_OI in each])
 
     @torch.no_grad()
     def delta_weight(self, expert: int, weight: Tensor) -> Tensor:

@@ -68,9 +68,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _rows(gates_TE: Tensor, expert: int, sparse: bool) -> Tensor | slice:
+def rows_of(gates_TE: Tensor | None, expert: int, sparse: bool) -> Tensor | slice:
     """Tokens that an expert computes."""
-    return gates_TE[:, expert].nonzero().squeeze(1) if sparse else slice(None)
+    if gates_TE is None or not sparse:
+        return slice(None)
+    return gates_TE[:, expert].nonzero().squeeze(1)
+
+
+def none(rows: Tensor | slice) -> bool:
+    """Whether no token uses an expert."""
+    return isinstance(rows, Tensor) and not len(rows)
 
 
 class _GatedSum(torch.autograd.Function):
@@ -89,7 +96,9 @@ class _GatedSum(torch.autograd.Function):
         ctx.save_for_backward(values, gates, *parameters)
         total: Tensor | None = None
         for e in range(gates.shape[1]):
-            rows = _rows(gates, e, sparse)
+            rows = rows_of(gates, e, sparse)
+            if none(rows) and (total is not None or e + 1 < gates.shape[1]):
+                continue
             part = update(values[rows], *_of(parameters, e, values))
             part = part * gates[rows, e].unsqueeze(1).to(_wide(values.dtype))
             if total is None:
@@ -107,7 +116,9 @@ class _GatedSum(torch.autograd.Function):
         d_gates = torch.zeros_like(gates)
         d_parameters = [torch.zeros_like(p) for p in parameters]
         for e in range(gates.shape[1]):
-            rows = _rows(gates, e, ctx.sparse)
+            rows = rows_of(gates, e, ctx.sparse)
+            if none(rows):
+                continue
             leaves = [values[rows], *_of(parameters, e, values)]
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
             with torch.enable_grad():

@@ -67,7 +67,9 @@ class IA3Experts(AbstractExperts):
         wide = in_features if self.on_input else out_features
         self.vectors = nn.Parameter(torch.ones(self.num_experts, wide))
 
-    def edit_input(self, x: Tensor, gates: Tensor | None) -> Tensor:
+    def edit_input(
+        self, x: Tensor, gates: Tensor | None, top_k: int | None = None
+    ) -> Tensor:
         """See base class."""
         return self._scaled(x, gates) if self.on_input else x
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from molora.errors import WrapError
+
 _ROWS = 1024
 """Rows of the frozen weight that are in float32 at a time."""
 
@@ -61,6 +63,17 @@ def row_norms(weight: Tensor, A: Tensor, Bt: Tensor, scale: float | Tensor) -> T
     total_EO = torch.cat(squares) + 2 * s * crossed_EO + s * s * own_EO
     # rounding may leave less than nothing
     return total_EO.clamp(min=0).sqrt()
+
+
+def require_norms(norms_EO: Tensor, weight: Tensor) -> None:
+    """Refuse rows without a direction."""
+    if not (norms_EO > 0).all():
+        row = int((~(norms_EO > 0)).any(0).nonzero()[0])
+        raise WrapError(
+            f"experts.kind dora divides by the norm of every row of a frozen "
+            f"weight [{weight.shape[0]}, {weight.shape[1]}], and row {row} is zero "
+            "or not a number; leave this layer out of target_modules"
+        )
 
 
 class _Magnified(torch.autograd.Function):

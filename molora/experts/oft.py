@@ -45,8 +45,9 @@ class OFTExperts(AbstractExperts):
     The frozen layer runs once, on the mixed input, so that a quantised one stays as it
     is. All rotations start as the identity.
 
-    Limitations: every expert rotates every token, also where its gate is zero; the
-    update has full rank, so a mixture has no low-rank collapse. With coft the parameter
+    Limitations: the update has full rank, so a mixture has no low-rank collapse.
+    Without a gradient R - I is kept, twice the bytes of the parameters, until they
+    change (kept.py). With coft the parameter
     changes in forward, so a forward repeated by activation checkpointing reads it
     projected once more, the same up to rounding.
 
@@ -130,9 +131,13 @@ class OFTExperts(AbstractExperts):
         upper = self.block * (self.block - 1) // 2
         self.upper = nn.Parameter(torch.zeros(self.num_experts, stored, upper))
 
-    def edit_input(self, x: Tensor, gates: Tensor | None) -> Tensor:
+    def edit_input(
+        self, x: Tensor, gates: Tensor | None, top_k: int | None = None
+    ) -> Tensor:
         """See base class."""
-        return (x + self._change(x, gates)).to(x.dtype) if self.on_input else x
+        if not self.on_input:
+            return x
+        return (x + self._change(x, gates, top_k)).to(x.dtype)
 
     def forward(
         self,
@@ -146,12 +151,15 @@ class OFTExperts(AbstractExperts):
             return base
         bias_O = self.frozen_bias()
         plain_TO = base if bias_O is None else base - bias_O
-        return (base + self._change(plain_TO, gates)).to(base.dtype)
+        return (base + self._change(plain_TO, gates, top_k)).to(base.dtype)
 
-    def _change(self, values_Tn: Tensor, gates: Tensor | None) -> Tensor:
+    def _change(
+        self, values_Tn: Tensor, gates: Tensor | None, top_k: int | None
+    ) -> Tensor:
         """sum_e g_e (values R_e - values), of the output with R_e^T."""
-        turns = self.turns() if self.on_input else self.turns().mT
-        return gated_sum(turned, values_Tn, [turns], gates)
+        turns = self.kept(self.turns)
+        turns = turns if self.on_input else turns.mT
+        return gated_sum(turned, values_Tn, [turns], gates, top_k)
 
     def turns(self) -> Tensor:
         """R - I, [E, k, b, b], at least float32."""

@@ -5,8 +5,10 @@
 A step is forward and backward of one linear layer whose input asks for a gradient. All
 families take it by turns in one process, so that what else the machine does meets them
 alike; the ratio is the median over the rounds of each round's time by that of LoRA.
-Beside it one expert, and PEFT's layer of the same method where PEFT has it, with PEFT's
-settings as near as they go: the trained values show how near.
+Decoding is the forward of one token in eval mode without gradients; its time is the
+mean of a row of them, again by turns. Beside it one expert, and PEFT's layer of the
+same method where PEFT has it, with PEFT's settings as near as they go: the trained
+values show how near.
 
 Kept bytes are those of the storages that autograd keeps from forward to backward,
 without parameters and the input; the peak on a GPU is that of the allocator.
@@ -71,6 +73,10 @@ def settings(kind: str, experts: int, rank: int) -> dict[str, Any]:
     return raw | {name: rank for name in ("r", "init_r") if name in fields}
 
 
+TOKENS = 20
+"""Decoded in a row, as long as a step takes about."""
+
+
 class One(nn.Module):
     """A model of one linear layer."""
 
@@ -132,6 +138,13 @@ def step(model: nn.Module, x: Tensor, dy: Tensor) -> None:
     model(x).backward(dy)
 
 
+@torch.no_grad()
+def decode(model: nn.Module, token: Tensor) -> None:
+    """One token after the other."""
+    for _ in range(TOKENS):
+        model(token)
+
+
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes that a forward keeps for its backward."""
     known = {p.untyped_storage().data_ptr() for p in [*model.parameters(), x]}
@@ -183,21 +196,38 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 "trained": trained(other),
                 "kept_bytes": kept_bytes(other, x),
             }
+    by_turns(found, models, lambda model: step(model, x, dy), "", options)
+    for model in models.values():
+        model.eval()
+    token = x.detach()[:1]
+    by_turns(found, models, lambda model: decode(model, token), "decode_", options)
+    for values in found.values():
+        values["mixture"]["decode_seconds"] /= TOKENS
+    return found
+
+
+def by_turns(
+    found: dict[str, dict[str, Any]],
+    models: dict[str, nn.Module],
+    work: Callable[[nn.Module], object],
+    name: str,
+    options: argparse.Namespace,
+) -> None:
+    """Time a piece of work on every model, round after round; the first warms up."""
     times: dict[str, list[float]] = {kind: [] for kind in models}
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     for _ in range(1 + options.rounds):
         for kind, model in models.items():
             _wait(options.device)
             start = clock()
-            step(model, x, dy)
+            work(model)
             _wait(options.device)
             times[kind].append(clock() - start)
     for kind, mine in times.items():
         pairs = zip(mine[1:], times["lora"][1:], strict=True)
-        found[kind]["mixture"]["seconds"] = statistics.median(mine[1:])
         ratio = statistics.median(own / lora for own, lora in pairs)
-        found[kind]["mixture"]["by_lora"] = ratio
-    return found
+        found[kind]["mixture"][f"{name}seconds"] = statistics.median(mine[1:])
+        found[kind]["mixture"][f"{name}by_lora"] = ratio
 
 
 def _wait(device: str) -> None:
@@ -211,7 +241,9 @@ def show(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
         title=f"{options.features} features, {options.tokens} tokens, rank "
         f"{options.rank}; {options.experts} experts, top-{options.top_k}"
     )
-    for head in ("family", "step, ms", "by LoRA", "trained", "kept, MiB", "peak, MiB"):
+    for head in ("family", "step, ms", "by LoRA", "token, ms", "by LoRA"):
+        table.add_column(head, justify="right")
+    for head in ("trained", "kept, MiB", "peak, MiB"):
         table.add_column(head, justify="right")
     for head in ("one: trained", "kept, MiB", "PEFT: trained", "kept, MiB"):
         table.add_column(head, justify="right")
@@ -221,6 +253,8 @@ def show(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
             kind,
             f"{mix['seconds'] * 1e3:.1f}",
             f"{mix['by_lora']:.2f}",
+            f"{mix['decode_seconds'] * 1e3:.2f}",
+            f"{mix['decode_by_lora']:.2f}",
             f"{mix['trained']:,}",
             _mib(mix["kept_bytes"]),
             _mib(mix["peak_bytes"]),

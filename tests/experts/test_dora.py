@@ -55,7 +55,8 @@ def shake(model: nn.Module) -> torch.Generator:
     for values in model.parameters():
         if values.requires_grad:
             draw = torch.randn(values.shape, generator=generator, dtype=values.dtype)
-            values.data.add_(0.4 * draw)
+            with torch.no_grad():
+                values.add_(0.4 * draw)
     return generator
 
 

@@ -148,10 +148,12 @@ def test_the_output_side_is_what_lycoris_computes() -> None:
 
 
 @each_form
-@pytest.mark.parametrize("E", [1, 4])
-def test_a_mixture_is_the_sum_of_its_experts(form: str, E: int) -> None:
+@pytest.mark.parametrize(("E", "top_k"), [(1, None), (4, None), (4, 2)])
+def test_a_mixture_is_the_sum_of_its_experts(
+    form: str, E: int, top_k: int | None
+) -> None:
     site = bank(form, E)
-    found = worst_of_sum(site, delta(site, form))
+    found = worst_of_sum(site, delta(site, form), top_k=top_k)
     assert max(found.values()) < 1e-12, found
 
 

@@ -63,12 +63,13 @@ def one_token(site: "MoloraLinear", x: Tensor) -> Tensor | None:
     if plan.scale is None or _is_special(site, plan, x.dtype):
         return None
     x_1I = x.reshape(1, -1)
-    used: list[tuple[int, float]] | None = [(0, 1.0)]
+    used = [(0, 1.0)]
     if plan.choose is not None:
         weight_EI = plan.router._modules["gate"]._parameters["weight"]
-        used = plan.choose(F.linear(x_1I, weight_EI).tolist()[0])
-        if used is None:
+        chosen = plan.choose(F.linear(x_1I, weight_EI).tolist()[0])
+        if chosen is None:
             return None
+        used = chosen
     base: Tensor = modules["base"](x)  # type: ignore[misc]
     return _updated(base, x_1I, used, plan)
 

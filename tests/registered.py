@@ -70,7 +70,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "boft": {"boft_block_size": 4},
     "oft": {"oft_block_size": 4},
     "sparse": {"density": 0.2, "exact": True},
-    "superlora": {"scope": "model", "groups": 3},
     "sum": {
         "parts": [
             {"kind": "lora", "r": 2},
@@ -118,6 +117,8 @@ SCOPES: dict[str, dict[str, Any]] = {
     "lora B by type": {"kind": "lora", "shared": {"B": "type"}},
     "lora A by model": {"kind": "lora", "shared": {"A": "model"}},
     "lotr by layer": {"kind": "lotr", "shared": {"A": "layer", "B": "layer"}},
+    "superlora of the model": {"kind": "superlora", "scope": "model", "groups": 3},
+    "superlora by type": {"kind": "superlora", "scope": "type", "fold": "weight"},
     "dora A by type": {
         "kind": "dora",
         "inner": {"kind": "lora", "shared": {"A": "type"}},

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as hooked_module
+from torch.nn.modules import module as hooks_of
 
 from molora.experts.factors import FactorExperts
 from molora.routers.base import LinearGateRouter
@@ -81,6 +81,9 @@ def _is_special(site: "MoloraLinear", plan: Plan, dtype: torch.dtype) -> bool:
         return True
     if site.backup is not None or site.quantised is not None:
         return True
+    # looked up each time: a copy of the layer has the same global hooks
+    if hooks_of._global_forward_hooks or hooks_of._global_forward_pre_hooks:
+        return True
     for hooks in plan.hooks:
         if hooks:
             return True
@@ -125,10 +128,7 @@ def _plan(site: "MoloraLinear") -> Plan:
         if choose is None:
             return other
         called += [router, router.gate]
-    hooks = [
-        hooked_module._global_forward_hooks,
-        hooked_module._global_forward_pre_hooks,
-    ]
+    hooks = []
     for module in called:
         hooks += [module._forward_hooks, module._forward_pre_hooks]
     return Plan(experts, router, choose, scale, tuple(hooks))

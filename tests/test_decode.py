@@ -1,10 +1,11 @@
 """One decoded token by the short way equals the long one, and what is left to that."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import molora
 from molora import layer as layer_module
@@ -165,10 +166,24 @@ def test_what_a_call_asks_for_is_left_to_forward(tiny_llama: Factory) -> None:
         hook = module.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
         assert left()
         hook.remove()
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert left()
+    everywhere.remove()
     with torch.no_grad():
         assert one_token(site, x.bfloat16()) is None
         assert one_token(site, torch.cat([x, x], 1)) is None
     assert not left()
+
+
+def test_a_copy_decodes_by_itself(tiny_llama: Factory) -> None:
+    model = wrapped(tiny_llama, dtype=torch.float32)
+    site, x = site_of(model), token(model, torch.float32)
+    with torch.no_grad():
+        before = site(x)
+        twin = copy.deepcopy(site)
+        twin.experts.Bt.zero_()  # type: ignore[operator, union-attr]
+        assert torch.equal(site(x), before)
+        torch.testing.assert_close(twin(x), site.base(x))
 
 
 def test_recorded_routing_is_that_of_the_short_way(tiny_llama: Factory) -> None:

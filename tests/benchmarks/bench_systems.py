@@ -133,7 +133,7 @@ def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
         }
 
 
-def step_ratio(name: str, rounds: int = 4) -> float:
+def step_ratio(name: str, rounds: int = 3) -> float:
     """Median time of a training step, 4 x 128 tokens, over that of one LoRA, by turns.
 
     Two models at a time: where many are held, the later ones lie in worse memory.

@@ -5,9 +5,10 @@
 Every contender computes base(x) plus its update for given gates: molora picks its own
 backend, ``peft r`` and ``peft E*r`` are PEFT's LoRA layers, ``loop`` gathers each
 expert's tokens and adds them back, ``einsum`` forms every expert's update. They take
-turns within one process; figures are ratios of medians. The floor is two products of
-the ranks in use per pass at the measured rate of such products, and the wide tensors
-once at the measured bandwidth, on top of the base layer alone.
+turns within one process, the two slow forms by themselves; figures are ratios of
+medians. The floor is two products of the ranks in use per pass at the measured rate of
+such products, and the wide tensors once at the measured bandwidth, on top of the base
+layer alone.
 
 The share of the base layer is the profile: where it is b of molora's time, a form whose
 update takes u times ours takes b + u (1 - b) times our time in all, whatever u is. On a
@@ -85,17 +86,15 @@ class Problem:
         nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
         return layer
 
-    def contenders(self, with_slow: bool) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Functions of x by name."""
-        made: dict[str, Callable[[Tensor], Tensor]] = {
-            "base": self.base,
-            "molora": self.molora,
+    def contenders(self, are_slow: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Functions of x by name: base and molora beside PEFT's, or the slow forms."""
+        others: dict[str, Callable[[Tensor], Tensor]] = {
             "peft r": self.single,
             "peft E*r": self.wide,
         }
-        if with_slow:
-            made |= {"loop": self.loop, "einsum": self.einsum}
-        return made
+        if are_slow:
+            others = {"loop": self.loop, "einsum": self.einsum}
+        return {"base": self.base, "molora": self.molora, **others}
 
     def molora(self, x: Tensor) -> Tensor:
         """The op of this package."""
@@ -152,14 +151,17 @@ class Problem:
         return sum(kept.values())
 
 
-def interleave(problem: Problem, rounds: int, with_slow: bool) -> dict[str, float]:
+def interleave(problem: Problem, rounds: int, are_slow: bool) -> dict[str, float]:
     """Median seconds of every contender, taking turns."""
-    functions = problem.contenders(with_slow)
+    functions = problem.contenders(are_slow)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     # one token takes microseconds, so a turn is many calls
     calls = 100 if problem.size.T == 1 else 1
+    names = [*functions]
     for turn in range(rounds + 1):
-        for name, function in functions.items():
+        # everyone runs after everyone: what ran before leaves its memory behind
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            function = functions[name]
             start = time.perf_counter()
             for _ in range(calls):
                 problem.step(function)
@@ -181,22 +183,24 @@ def floor(size: Size, dtype: torch.dtype, base: float) -> float:
 def measure(size: Size, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """All figures of one size."""
     problem = Problem(size, dtype)
-    # einsum forms [T, E, O], which many experts would not leave memory for
-    with_slow = size.T * size.E * size.O <= 2**28
-    seconds = interleave(problem, rounds, with_slow)
-    ours = seconds["molora"]
+    seconds = interleave(problem, rounds, are_slow=False)
+    ours, base = seconds["molora"], seconds["base"]
     budget = 2 * size.T * size.E * size.r + size.T * size.E
     ratios = {
         f"molora / {name}": ours / seconds[name] for name in ("peft r", "peft E*r")
     }
-    ratios["molora / floor"] = ours / floor(size, dtype, seconds["base"])
-    for name in ("loop", "einsum"):
-        if name in seconds:
-            ratios[f"{name} / molora"] = seconds[name] / ours
-    base = seconds["base"]
+    ratios["molora / floor"] = ours / floor(size, dtype, base)
     ratios["base / molora"] = base / ours
-    if "loop" in seconds and ours > base:
-        ratios["updates: loop / molora"] = (seconds["loop"] - base) / (ours - base)
+    # einsum forms [T, E, O], which many experts would not leave memory for; the slow
+    # forms take turns by themselves, since such tensors slow down what comes after
+    if size.T * size.E * size.O <= 2**28:
+        slow = interleave(problem, rounds, are_slow=True)
+        again, alone = slow["molora"], slow["base"]
+        for name in ("loop", "einsum"):
+            seconds[name] = slow[name]
+            ratios[f"{name} / molora"] = slow[name] / again
+        if again > alone:
+            ratios["updates: loop / molora"] = (slow["loop"] - alone) / (again - alone)
     return {
         "size": size._asdict(),
         "dtype": str(dtype).removeprefix("torch."),

@@ -64,6 +64,7 @@ def choose(
             A.dtype,
             # not the grad mode: reentrant checkpointing runs its forward without
             A.requires_grad or Bt.requires_grad,
+            # but for the few tokens of decoding, where it decides what is read
             not torch.is_grad_enabled(),
             torch.get_num_threads(),
         )

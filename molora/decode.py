@@ -77,7 +77,11 @@ def one_token(site: "MoloraLinear", x: Tensor) -> Tensor | None:
 def _is_special(site: "MoloraLinear", plan: Plan, dtype: torch.dtype) -> bool:
     """Whether this call is not the plain case, though the layer is."""
     runtime, experts, router = site.runtime, plan.experts._parameters, plan.router
-    if site.training or runtime.disabled or runtime.trace is not None:
+    if runtime.disabled or runtime.trace is not None:
+        return True
+    # a part may be in training mode by itself, and its scale may have been set
+    drops = plan.experts.training or (router is not None and router.training)
+    if site.training or drops or plan.experts.scale != plan.scale:
         return True
     if site.backup is not None or site.quantised is not None:
         return True
@@ -87,9 +91,10 @@ def _is_special(site: "MoloraLinear", plan: Plan, dtype: torch.dtype) -> bool:
     for hooks in plan.hooks:
         if hooks:
             return True
-    weights = [experts["A"], site._modules["base"]._parameters.get("weight")]  # type: ignore[union-attr]
+    weights = [experts.get("A"), experts.get("Bt")]
+    weights.append(site._modules["base"]._parameters.get("weight"))  # type: ignore[union-attr]
     if router is not None:
-        weights.append(router._modules["gate"]._parameters["weight"])
+        weights.append(router._modules["gate"]._parameters.get("weight"))
     # router logits and half precision are rounded in other ways
     alike = dtype in WIDE and all(w is not None and w.dtype == dtype for w in weights)
     return not alike or torch.is_autocast_enabled("cpu")

@@ -8,6 +8,7 @@ Shape legend
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,12 @@ class MoloraLinear(MergeableLinear):
         router = self.router if self.leader is None else self.leader.router
         assert router is not None
         return router
+
+    def _apply(self, *args: Any, **settings: Any) -> Self:
+        """Move or cast, once nothing is kept that refers to the tensors."""
+        self.experts.forget()
+        super()._apply(*args, **settings)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Base output plus the routed update.

@@ -11,6 +11,7 @@ import molora
 from molora import layer as layer_module
 from molora.decode import one_token
 from molora.errors import RoutingError
+from molora.experts.lora import LoRAExperts
 from molora.layer import MoloraLinear
 from tests.conftest import Factory
 
@@ -173,6 +174,40 @@ def test_what_a_call_asks_for_is_left_to_forward(tiny_llama: Factory) -> None:
         assert one_token(site, x.bfloat16()) is None
         assert one_token(site, torch.cat([x, x], 1)) is None
     assert not left()
+
+
+def test_what_is_set_afterwards_is_seen(tiny_llama: Factory) -> None:
+    model = wrapped(tiny_llama, dtype=torch.float32, lora_dropout=0.5)
+    site, x = site_of(model), token(model, torch.float32)
+    router: Any = site.router
+    experts: Any = site.experts
+    with torch.no_grad():
+        assert one_token(site, x) is not None
+        for module in (experts, router):
+            module.train()
+            assert one_token(site, x) is None
+            module.eval()
+        experts.scale = 0.0
+        torch.testing.assert_close(site(x), site.base(x))
+        experts.scale = 1.5
+        long = site(torch.cat([x, x], 1))
+        torch.testing.assert_close(site(x), long[:, :1])
+        nn.utils.parametrizations.weight_norm(router.gate)
+        assert one_token(site, x) is None
+
+
+def test_a_family_that_derives_from_lora_is_left_to_forward() -> None:
+    class Twice(LoRAExperts):
+        """A family of one's own."""
+
+        def own(self) -> Any:
+            A, Bt, scale = super().own()
+            return 2 * A, Bt, scale
+
+    config = Twice.Config(kind="lora", r=2)
+    generator = torch.Generator()
+    made = Twice(config, in_features=4, out_features=3, generator=generator)
+    assert made.plain_scale() is None
 
 
 def test_a_copy_decodes_by_itself(tiny_llama: Factory) -> None:

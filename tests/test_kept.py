@@ -251,6 +251,29 @@ def test_another_dtype_and_back(name: str) -> None:
     assert torch.equal(again, fresh(site)) and off(again, want) > 1e-6
 
 
+def test_tensors_of_another_layer_are_sources() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(10, 8), "two": nn.Linear(10, 8)})
+    inner = {"kind": "superlora", "scope": "model", "r": 2}
+    config = {"target_modules": ["one", "two"], "experts": {**DORA, "inner": inner}}
+    molora.wrap(model, molora.AdapterConfig.from_dict(config)).double().eval()
+    one, two = sites(model).values()
+    disturb(one)
+    before = once(two)
+    with torch.no_grad():
+        one.experts.inner.A1.mul_(5)
+    assert off(once(two), fresh(two)) < 1e-12 < 1e-4 < off(once(two), before)
+
+
+def test_modules_that_swap_their_parameters() -> None:
+    site = made(DORA)
+    want = once(site)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        assert off(once(site.float(), X.float()), want) < 1e-5
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def test_another_device() -> None:
     module = Keeping()
     module.value = nn.Parameter(torch.ones(3))

@@ -212,7 +212,9 @@ class LoRAExperts(StartedExperts, FactorExperts):
 
     def plain_scale(self) -> float | None:
         """See base class."""
-        plain = self.is_plain("A") and self.is_plain("B") and not self.correction
+        # those that derive from it may make more of the two
+        plain = type(self) is LoRAExperts and not self.correction
+        plain = plain and self.is_plain("A") and self.is_plain("B")
         return self.scale if plain else None
 
     def _size(self, name: str) -> int:

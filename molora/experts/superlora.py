@@ -191,6 +191,11 @@ class SuperLoRAExperts(AbstractExperts):
             sizes = (self.folded, self.size)
             self.projection = FixedProjection(kind, config.shuffle, *sizes, seed)
 
+    def sources(self) -> list[Tensor]:
+        """See base class; those of the layer that owns the tensors."""
+        owners = [owner.sources() for owner in self._owners.values()]
+        return [*super().sources(), *(part for found in owners for part in found)]
+
     def _values(self) -> list[Tensor]:
         """Tensors of all groups, each [E, G, ...], in the order of the names."""
         owner = self._owners.get("groups", self)

@@ -65,9 +65,11 @@ def _adapts(config: Mapping[str, Any], path: str) -> bool:
     # a whole path, or an expression for whole paths, is not narrowed down
     if isinstance(targets, str) or path in targets or chosen in (None, []):
         return True
-    patterns = config.get("layers_pattern") or r"[^.]*"
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
+    given = config.get("layers_pattern") or []
+    given = [given] if isinstance(given, str) else given
+    named = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in given]
+    for pattern in named or [r".*?\.[^.]*\.(\d+)\."]:
+        match = re.match(pattern, path)
         if match:
             return int(match[1]) in ([chosen] if isinstance(chosen, int) else chosen)
     return False

@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks_of
 
 from molora.experts.factors import FactorExperts
+from molora.kernels.torch_path import cast
 from molora.routers.base import LinearGateRouter
 
 if TYPE_CHECKING:
     from molora.layer import MoloraLinear
 
-WIDE = (torch.float32, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
 
 Choice = Callable[[list[float]], list[tuple[int, float]] | None]
 """Experts with their gates for the logits of a token; None where it cannot tell."""
@@ -62,7 +63,7 @@ def one_token(site: "MoloraLinear", x: Tensor) -> Tensor | None:
         plan = site.plan = _plan(site)
     if plan.scale is None or _is_special(site, plan, x.dtype):
         return None
-    x_1I = x.reshape(1, -1)
+    x_1I = cast(x.reshape(1, -1), plan.experts._parameters["A"].dtype)
     used = [(0, 1.0)]
     if plan.choose is not None:
         weight_EI = plan.router._modules["gate"]._parameters["weight"]
@@ -91,12 +92,14 @@ def _is_special(site: "MoloraLinear", plan: Plan, dtype: torch.dtype) -> bool:
     for hooks in plan.hooks:
         if hooks:
             return True
+    base = site._modules["base"]._parameters.get("weight")  # type: ignore[union-attr]
+    # a token in half precision is multiplied by experts in float32 as float32
+    wide = torch.float32 if dtype in HALF else dtype
     weights = [experts.get("A"), experts.get("Bt")]
-    weights.append(site._modules["base"]._parameters.get("weight"))  # type: ignore[union-attr]
     if router is not None:
         weights.append(router._modules["gate"]._parameters.get("weight"))
-    # router logits and half precision are rounded in other ways
-    alike = dtype in WIDE and all(w is not None and w.dtype == dtype for w in weights)
+    alike = base is not None and base.dtype == dtype
+    alike = alike and all(w is not None and w.dtype == wide for w in weights)
     return not alike or torch.is_autocast_enabled("cpu")
 
 
@@ -106,13 +109,13 @@ def _updated(
     """Base output plus the updates of the experts in use."""
     A, Bt = plan.experts._parameters["A"], plan.experts._parameters["Bt"]
     assert plan.scale is not None
-    y_1O = base.reshape(1, -1)
+    y_1O = cast(base.reshape(1, -1), A.dtype)
     z_1r = F.linear(x_1I, A[0]) if A.shape[0] == 1 else None
     for expert, gate in used:
         own_1r = F.linear(x_1I, A[expert]) if z_1r is None else z_1r
         b_rO = Bt[expert if Bt.shape[0] > 1 else 0]
         y_1O = torch.addmm(y_1O, own_1r, b_rO, alpha=plan.scale * gate)
-    return y_1O.view(base.shape)
+    return cast(y_1O, base.dtype).view(base.shape)
 
 
 def _plan(site: "MoloraLinear") -> Plan:

@@ -13,6 +13,7 @@ from molora.decode import one_token
 from molora.errors import RoutingError
 from molora.experts.lora import LoRAExperts
 from molora.layer import MoloraLinear
+from molora.model import sites
 from tests.conftest import Factory
 
 LORA = {"kind": "lora", "num_experts": 5, "r": 4, "lora_alpha": 6}
@@ -89,6 +90,25 @@ def test_equals_the_definition(tiny_llama: Factory, router: Any, experts: Any) -
     with torch.no_grad():
         both = site(torch.cat([x, -x], 1))
     torch.testing.assert_close(both[:, :1], y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(tiny_llama: Factory, dtype: Any) -> None:
+    model = wrapped(tiny_llama, dtype=torch.float32)
+    for site in sites(model).values():
+        site.base.to(dtype)
+    site, x = site_of(model), token(model, torch.float32).to(dtype)
+    with torch.no_grad():
+        y = one_token(site, x)
+        base = site.base(x).double().view(-1)
+        exact = by_hand(site, x, 2, True)
+        # the definition from the base output as the model has it
+        exact += base - site.base.weight.double() @ x.double().view(-1)  # type: ignore[operator]
+        long = site(torch.cat([x, x], 1))[:, :1]
+    assert y is not None and y.dtype == dtype
+    rounded_once = (exact.to(dtype) - exact).norm()
+    assert (y.view(-1) - exact).norm() <= 1.01 * rounded_once
+    torch.testing.assert_close(y, long)
 
 
 def test_generation_with_a_cache_takes_it(
@@ -171,6 +191,7 @@ def test_what_a_call_asks_for_is_left_to_forward(tiny_llama: Factory) -> None:
     assert left()
     everywhere.remove()
     with torch.no_grad():
+        # the base layer is in float32
         assert one_token(site, x.bfloat16()) is None
         assert one_token(site, torch.cat([x, x], 1)) is None
     assert not left()

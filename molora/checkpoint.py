@@ -262,8 +262,10 @@ def load_adapter_state(
         )
     weights = {path: site.known_weight() for path, site in found.items()}
     _check_base(saved, fingerprint(model, weights), allow_base_mismatch)
-    loftq.check_resumed(found, saved.tensors)
+    # Q is not made anew, so what it follows from stays
+    saved.tensors.update(loftq.check_resumed(found, saved.tensors))
     fill(model, saved)
+    note_training(model, saved.file.base.quantised)
 
 
 def _tensors(

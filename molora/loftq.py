@@ -181,16 +181,21 @@ def rebuild(banks: Mapping[str, MoloraLinear], original: nn.Module | None) -> No
 
 def check_resumed(
     banks: Mapping[str, MoloraLinear], tensors: Mapping[str, Tensor]
-) -> None:
+) -> dict[str, Tensor]:
     """Refuse saved experts that were trained on another Q than a model now has.
 
     Args:
         banks: Banks by path.
         tensors: What was saved, by its name in the model.
 
+    Returns:
+        The model's own iterates, of which it holds the Q, by their names; they equal
+        the saved ones but for the rounding of the SVD.
+
     Raises:
         CheckpointError: The iterates from which Q follows differ.
     """
+    own: dict[str, Tensor] = {}
     for path, site in asking(banks).items():
         names = [f"{path}.experts.{name}" for name in ("A_last", "Bt_last")]
         # what is missing is told where it is read
@@ -206,6 +211,9 @@ def check_resumed(
                 "differently. Load them onto a plain base: "
                 "molora.load(base, folder, trainable=True, original=...)"
             )
+        for name, held in zip(names, (experts.A_last, experts.Bt_last), strict=True):
+            own[name] = held.detach().cpu().clone()
+    return own
 
 
 def asking(banks: Mapping[str, MoloraLinear]) -> dict[str, MoloraLinear]:

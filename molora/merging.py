@@ -68,6 +68,11 @@ def merge(model: M, base: str | None = None, original: nn.Module | None = None) 
         original is not None,
         model.__dict__["_molora_state"].get("rounded", False),
     )
+    if original is not None and not quantised:
+        raise WrapError(
+            "merge: original is not read where the base is not quantised: the update "
+            "is added to the weights that the model holds. Leave it out"
+        )
     rest = _others(model, quantised) if quantised else {}
     layers = {**quantised, **rest}
     weights = {} if original is None else originals(original, layers, "merge")

@@ -131,7 +131,17 @@ def requantised(layer: nn.Module, weight: Tensor) -> nn.Module:
     Args:
         layer: Settings, bias, device and dtype are taken from it.
         weight: [O, I]; it is rounded to the dtype that the layer was quantised from.
+
+    Raises:
+        WrapError: The layer has a forward of its own, which would go on reading the
+            old weight.
     """
+    if "forward" in vars(layer) or "_hf_hook" in vars(layer):
+        raise WrapError(
+            "a 4-bit layer has hooks of accelerate (device_map with several devices or "
+            "'auto'), which would compute with its old weight; load the base onto one "
+            "device: device_map={'': 0} or load_base"
+        )
     made, held = copy.copy(layer), _weight(layer)
     # the copy is flat
     made._parameters = dict(layer._parameters)

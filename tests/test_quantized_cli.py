@@ -182,6 +182,14 @@ def test_a_run_from_loftq(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
         for held in ("nf4", "none")
     )
     model = molora.load(base, out / "adapter", original=twin).eval()
+    # the scores after training read the router anew, and the weights with it
+    scored = [
+        f"training.output_dir={folder / 'loftq_scored'}",
+        "adapter.experts.num_experts=2",
+        "adapter.router={kind: sigmoid}",
+        "load_router={kind: phatgoose}",
+    ]
+    assert molora_cli("train", *run, *scored) == 0
     elsewhere = molora.load(twin, out / "adapter").eval()
     for choice, held in {"dequantised": model, "original": elsewhere}.items():
         merged = ["--base", choice, "--output", folder / f"loftq_{choice}"]

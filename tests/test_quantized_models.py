@@ -20,6 +20,7 @@ from transformers import (
 import molora
 from molora import quantized
 from molora.base_models import load_base
+from molora.checkpoint import load_adapter_state
 from molora.errors import CheckpointError, ConfigError, WrapError
 from molora.fingerprint import differences, fingerprint
 from molora.model import adapter_parameters, is_wrapped, sites
@@ -193,7 +194,14 @@ def test_merging_onto_the_original_is_loading_onto_it(
     for base in (None, "dequantised"):
         with pytest.raises(WrapError, match=r"trained on a quantised.*'original'"):
             molora.merge(there, base)
+    with pytest.raises(WrapError, match="original is not read where the base is not"):
+        molora.merge(there, "original", load_base(folder)[0])
     molora.merge(there, "original")
+    # resuming notes it as well
+    resumed = wrapped(load_base(folder)[0])
+    load_adapter_state(resumed, tmp_path)
+    with pytest.raises(WrapError, match=r"trained on a quantised.*'original'"):
+        molora.merge(resumed)
     torch.testing.assert_close(logits(model), logits(there), rtol=1e-5, atol=1e-6)
 
 

@@ -67,7 +67,10 @@ def train(config: RunConfig, resume: bool) -> None:
     if eval_sets:
         if config.load_router:
             plain, router = molora.unwrap(model), config.load_router
-            model = molora.load(plain, folder / "adapter", router=router).eval()
+            twin = session.original(config, config.adapter, 2)
+            model = molora.load(
+                plain, folder / "adapter", router=router, original=twin
+            ).eval()
         results = session.scores(config, model, tokenizer, eval_sets)
         session.out.print(session.score_table(results))
 

@@ -114,11 +114,11 @@ def _check_series(folder: Path, version: str | None) -> None:
     """Refuse OFT's Cayley-Neumann series as it was before PEFT 0.18."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     if numbers is None or (int(numbers[1]), int(numbers[2])) < (0, 18):
+        told = f"was written by PEFT {version}" if version else "names no peft_version"
         raise CheckpointError(
-            f"{folder}: written by PEFT {version or 'before 0.18'}, whose "
-            "use_cayley_neumann is another function than that since 0.18; train it "
-            "again, or name the version that trained it as peft_version in "
-            f"{CONFIG}"
+            f"{folder}: {told}, and use_cayley_neumann is another function before PEFT "
+            "0.18 than since; train it again, or name the version that trained it as "
+            f"peft_version in {CONFIG}"
         )
 
 

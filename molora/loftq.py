@@ -25,7 +25,7 @@ Shape legend: I in features, O out features, r rank, F values that are stored in
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -101,12 +101,25 @@ def loftq_factors(
         Q, A and B in float32; the singular values are shared evenly by A and B.
     """
     wide_OI = weight.float()
-    q_OI = quantise(wide_OI)
-    a_rI, b_rO = _best_part(wide_OI - q_OI, rank, scale)
-    for _ in range(iterations - 1):
-        q_OI = quantise(_without(wide_OI, a_rI, scale * b_rO))
-        a_rI, b_rO = _best_part(wide_OI - q_OI, rank, scale)
+    start = wide_OI, quantise(wide_OI)
+    *_, (q_OI, a_rI, b_rO) = _iterates(*start, rank, scale, iterations, quantise)
     return LoftQ(q_OI, a_rI, b_rO.t())
+
+
+def _iterates(
+    wide_OI: Tensor,
+    q_OI: Tensor,
+    rank: int,
+    scale: float,
+    iterations: int,
+    quantise: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Q, A [r, I] and B^T [r, O] of every iteration; the first Q is given."""
+    for more in reversed(range(iterations)):
+        a_rI, b_rO = _best_part(wide_OI - q_OI, rank, scale)
+        yield q_OI, a_rI, b_rO
+        if more:
+            q_OI = quantise(_without(wide_OI, a_rI, scale * b_rO))
 
 
 def steps_of(config: AdapterConfig) -> int:
@@ -241,22 +254,28 @@ def asking(banks: Mapping[str, MoloraLinear]) -> dict[str, MoloraLinear]:
 @torch.no_grad()
 def _start(site: MoloraLinear, weight: Tensor) -> None:
     """Run the algorithm from the layer as it is held; keep the last two iterates."""
-    experts, layer = _experts(site), site.base
+    experts, layers = _experts(site), [site.base]
     rank, scale = experts.config.ranks()[0], experts.config.scales()[0]
+
+    def quantise(rest_OI: Tensor) -> Tensor:
+        layers.append(_held(site, rest_OI))
+        return dequantised(layers[-1]).float()
+
     wide_OI = weight.to(experts.A_start.device).float()
-    a_rI, b_rO = _best_part(wide_OI - dequantised(layer).float(), rank, scale)
-    for _ in range(loftq_steps(_init(site)) - 1):
+    start = wide_OI, dequantised(site.base).float()
+    steps = loftq_steps(_init(site))
+    *before, last = _iterates(*start, rank, scale, steps, quantise)
+    if before:
+        _, a_rI, b_rO = before[-1]
         experts.A_last.copy_(a_rI.unsqueeze(0))
         experts.Bt_last.copy_(scale * b_rO.unsqueeze(0))
-        rest_OI = _without(wide_OI, experts.A_last[0], experts.Bt_last[0])
-        layer = _held(site, rest_OI)
-        a_rI, b_rO = _best_part(wide_OI - dequantised(layer).float(), rank, scale)
+    _, a_rI, b_rO = last
     experts.keep_start(a_rI, b_rO)
     experts.value("A").copy_(a_rI.expand_as(experts.value("A")))
     experts.value("B").copy_(b_rO.expand_as(experts.value("B")))
     experts.starts_at_zero = False
-    if layer is not site.base:
-        site.hold(layer)
+    if before:
+        site.hold(layers[-1])
 
 
 def _held(site: MoloraLinear, weight: Tensor) -> nn.Module:

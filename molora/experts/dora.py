@@ -45,9 +45,8 @@ class DoRAExperts(AbstractExperts):
 
     Limitations: dropout is on the inner update alone; PEFT's DoRA drops values of the
     base term as well. Without a gradient the norms are kept until a tensor changes
-    (kept.py). Around a family that is not
-    low-rank they take one dense update at a time, and in training every expert runs
-    twice.
+    (kept.py). Around a family that is not low-rank they take one dense update at a
+    time, and in training every expert runs twice.
 
     Args:
         config: Settings.

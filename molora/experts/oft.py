@@ -47,9 +47,8 @@ class OFTExperts(AbstractExperts):
 
     Limitations: the update has full rank, so a mixture has no low-rank collapse.
     Without a gradient R - I is kept, twice the bytes of the parameters, until they
-    change (kept.py). With coft the parameter
-    changes in forward, so a forward repeated by activation checkpointing reads it
-    projected once more, the same up to rounding.
+    change (kept.py). With coft the parameter changes in forward, so a forward repeated
+    by activation checkpointing reads it projected once more, the same up to rounding.
 
     Args:
         config: Settings.

@@ -45,7 +45,7 @@ def test_values_are_those_of_the_authors(form: str, dtype: torch.dtype) -> None:
         model, _ = site_of(t, j, dtype, form)
         model(t[f"m{j}.x"].to(dtype))
         values.append(model.molora_runtime.stats["lin"].balance["lambda"])
-    near(torch.stack(values).mean(), t[NAMES[form]], form)
+    assert near(torch.stack(values).mean(), t[NAMES[form]], form)
 
 
 def defined(
@@ -78,13 +78,13 @@ def test_gradients(form: str, masked: bool, dtype: torch.dtype) -> None:
         m = (t["mask"] if masked else torch.ones_like(t["mask"])).double()
         value = defined(x64, t[f"m{j}.plain.router"], network, form, m)
         got = model.molora_runtime.stats["lin"].balance["lambda"]
-        near(0.5 * got, value.detach(), "value")
+        assert near(0.5 * got, value.detach(), "value")
         dx, *want = torch.autograd.grad(value, [x64, *network])
-        near(x.grad, dx, "x")
+        assert near(x.grad, dx, "x")
         made = site.router
         layers = [made.hidden.weight, made.hidden.bias, made.out.weight, made.out.bias]
         for parameter, grad in zip(layers, want, strict=True):
-            near(parameter.grad, grad)
+            assert near(parameter.grad, grad)
         # the logits count as constants
         assert float(made.gate.weight.grad.abs().sum()) == 0
 

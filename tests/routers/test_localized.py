@@ -49,12 +49,12 @@ def test_released_code(dtype: torch.dtype) -> None:
     with molora.tasks(model, tasks_of(t)):
         y = model(x)
     (y * t["c"].to(dtype)).sum().backward()
-    near(y.detach(), t["y"], "y")
-    near(value_of(t, model), t["aux"], "aux")
-    near(site.experts.A.grad, t["grad.A"], "A")
-    near(site.experts.Bt.grad.transpose(1, 2), t["grad.B"], "B")
-    near(site.router.gate.weight.grad, t["grad.router"], "router")
-    near(x.grad, t["grad.x"], "x")
+    assert near(y.detach(), t["y"], "y")
+    assert near(value_of(t, model), t["aux"], "aux")
+    assert near(site.experts.A.grad, t["grad.A"], "A")
+    assert near(site.experts.Bt.grad.transpose(1, 2), t["grad.B"], "B")
+    assert near(site.router.gate.weight.grad, t["grad.router"], "router")
+    assert near(x.grad, t["grad.x"], "x")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,7 +75,7 @@ def test_documented_corrections(
     with molora.tasks(model, tasks_of(t)):
         y = model(x, attention_mask=t["mask"] if masked else None)
     (y * 0).sum().backward()
-    near(value_of(t, model), t[f"alt.{name}"], name)
+    assert near(value_of(t, model), t[f"alt.{name}"], name)
     # the gradient of the formula, by plain autograd
     leaves = [t[n].double().clone().requires_grad_() for n in ("x", "plain.router")]
     gates = torch.softmax(leaves[0] @ leaves[1].T, -1)
@@ -86,8 +86,8 @@ def test_documented_corrections(
     z = (gates * m).sum(1) / m.sum(1) * torch.where(up, 1 + t["delta"], 1 - t["delta"])
     aux = t["blc_weight"] * z.var() / (z.mean() ** 2 + 1e-10)
     dx, dr = torch.autograd.grad(aux, leaves)
-    near(x.grad, dx, "x")
-    near(site.router.gate.weight.grad, dr, "router")
+    assert near(x.grad, dx, "x")
+    assert near(site.router.gate.weight.grad, dr, "router")
 
 
 def made(groups: dict[str, int], **kw: Any) -> Any:

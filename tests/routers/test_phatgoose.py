@@ -24,7 +24,7 @@ def test_inference_router(dtype: torch.dtype) -> None:
     check(t, model, site)
     x = t["x"].to(dtype).flatten(0, 1)
     probs = site.router(x, ForwardContext()).probs.detach()
-    near(probs.view_as(t["router_probs"]), t["router_probs"], "probabilities")
+    assert near(probs.view_as(t["router_probs"]), t["router_probs"], "probabilities")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,12 +45,12 @@ def test_second_stage(dtype: torch.dtype) -> None:
     ):
         y = model(x)
     (y * t["c"].to(dtype)).sum().backward()
-    near(y.detach(), t["y"], "y")
-    near(trace.sites["lin"].gates[0][..., 0], t["input_gate"], "gate")
-    near(x.grad, t["grad.x"], "x")
-    near(site.experts.A.grad[:1], t["grad.A"], "A")
-    near(site.experts.Bt.grad[:1].transpose(1, 2), t["grad.B"], "B")
-    near(site.router.gate.weight.grad[0], t["grad.gate_vector"], "vector")
+    assert near(y.detach(), t["y"], "y")
+    assert near(trace.sites["lin"].gates[0][..., 0], t["input_gate"], "gate")
+    assert near(x.grad, t["grad.x"], "x")
+    assert near(site.experts.A.grad[:1], t["grad.A"], "A")
+    assert near(site.experts.Bt.grad[:1].transpose(1, 2), t["grad.B"], "B")
+    assert near(site.router.gate.weight.grad[0], t["grad.gate_vector"], "vector")
     # the other expert and its vector learn nothing from these rows
     for grad in (site.experts.A, site.experts.Bt, site.router.gate.weight):
         assert float(grad.grad[1].abs().sum()) == 0

@@ -35,11 +35,11 @@ def check_balance(t: dict[str, Tensor], model: Any, site: Any) -> None:
     model.molora_runtime.stats = {}
     x = t["x"].detach().to(site.experts.A.dtype).requires_grad_()
     (model(x) * 0).sum().backward()
-    near(switch_value(model), t["alt.aux_switch_normalised"], "aux")
+    assert near(switch_value(model), t["alt.aux_switch_normalised"], "aux")
     hot = t["gates"] > 0
-    near(x.grad, switch_gradient(t, hot, "x"), "x")
+    assert near(x.grad, switch_gradient(t, hot, "x"), "x")
     want = switch_gradient(t, hot, "plain.router")
-    near(site.router.gate.weight.grad, want, "router")
+    assert near(site.router.gate.weight.grad, want, "router")
 
 
 @each_dtype
@@ -77,7 +77,7 @@ def without_aux(t: dict[str, Tensor]) -> dict[str, Tensor]:
     above = p - (torch.sigmoid(raw) * t["max_threshold"]).unsqueeze(-1)
     f = (above >= 0).double().reshape(-1, 5).mean(0)
     aux = 5 * (f * above.reshape(-1, 5).mean(0)).sum()
-    near(aux.detach(), t["aux"], "official aux")
+    assert near(aux.detach(), t["aux"], "official aux")
     grads = torch.autograd.grad(aux, list(leaves.values()))
     taken = {f"grad.{n}": g for n, g in zip(leaves, grads, strict=True)}
     return t | {name: t[name] - grad for name, grad in taken.items()}
@@ -90,8 +90,8 @@ def test_adamole(dtype: torch.dtype) -> None:
     model, site = adamole(t, dtype)
     check(plain, model, site)
     threshold = site.router.threshold
-    near(threshold.weight.grad[0], plain["grad.threshold_weight"], "weight")
-    near(threshold.bias.grad[0], plain["grad.threshold_bias"], "bias")
+    assert near(threshold.weight.grad[0], plain["grad.threshold_weight"], "weight")
+    assert near(threshold.bias.grad[0], plain["grad.threshold_bias"], "bias")
     # raising the threshold does not lower the loss here: it has no gradient to it
     model, site = adamole(t, dtype, balance=1.0)
     check_balance(t, model, site)
@@ -120,20 +120,26 @@ def test_ldmole_sparsegen_and_its_balance(j: int, dtype: torch.dtype) -> None:
     x = t[pre + "x"].to(dtype).requires_grad_()
     y = model(inputs_embeds=x, attention_mask=t["mask"])
     (y * t[pre + "c"].to(dtype)).sum().backward()
-    near(y.detach(), t[pre + "y"], "y")
-    near(x.grad, t[pre + "grad.x"], "x")
-    near(site.experts.A.grad, t[pre + "grad.A"], "A")
-    near(site.experts.Bt.grad.transpose(1, 2), t[pre + "grad.B"], "B")
-    near(site.router.gate.weight.grad, t[pre + "grad.router"], "router")
+    assert near(y.detach(), t[pre + "y"], "y")
+    assert near(x.grad, t[pre + "grad.x"], "x")
+    assert near(site.experts.A.grad, t[pre + "grad.A"], "A")
+    assert near(site.experts.Bt.grad.transpose(1, 2), t[pre + "grad.B"], "B")
+    assert near(site.router.gate.weight.grad, t[pre + "grad.router"], "router")
     made, wide = site.router, x.shape[-1]
     for layer, i in ((made.hidden, 1), (made.out, 2)):
-        near(layer.weight.grad, t[f"grad.lambda_mlp.{wide}.w{i}"], f"w{i}")
-        near(layer.bias.grad, t[f"grad.lambda_mlp.{wide}.b{i}"], f"b{i}")
+        assert near(layer.weight.grad, t[f"grad.lambda_mlp.{wide}.w{i}"], f"w{i}")
+        assert near(layer.bias.grad, t[f"grad.lambda_mlp.{wide}.b{i}"], f"b{i}")
     flat = x.detach().flatten(0, 1)
     routing = made(flat, ForwardContext())
-    near(routing.gates.detach().view_as(t[pre + "gates"]), t[pre + "gates"], "gates")
-    near(routing.logits.detach().view_as(t[pre + "gates"]), t[pre + "router_logits"])
-    near(made.sparsity(flat).detach().view_as(t[pre + "lambda"]), t[pre + "lambda"])
+    assert near(
+        routing.gates.detach().view_as(t[pre + "gates"]), t[pre + "gates"], "gates"
+    )
+    assert near(
+        routing.logits.detach().view_as(t[pre + "gates"]), t[pre + "router_logits"]
+    )
+    assert near(
+        made.sparsity(flat).detach().view_as(t[pre + "lambda"]), t[pre + "lambda"]
+    )
 
 
 @each_dtype
@@ -152,10 +158,12 @@ def test_ldmole_losses_are_the_mean_over_modules(dtype: torch.dtype) -> None:
         model.molora_runtime.stats = {}
         (model(x) * 0).sum().backward()
         values["unmasked"].append(model.molora_runtime.stats["lin"].balance["z"])
-        near(site.router.gate.weight.grad, t[f"m{j}.grad_zloss.router"], "z router")
-    near(torch.stack(values["switch"]).mean(), t["aux"], "aux")
-    near(torch.stack(values["z"]).mean(), t["alt.z_loss_masked"], "z")
-    near(torch.stack(values["unmasked"]).mean(), t["z_loss"], "official z")
+        assert near(
+            site.router.gate.weight.grad, t[f"m{j}.grad_zloss.router"], "z router"
+        )
+    assert near(torch.stack(values["switch"]).mean(), t["aux"], "aux")
+    assert near(torch.stack(values["z"]).mean(), t["alt.z_loss_masked"], "z")
+    assert near(torch.stack(values["unmasked"]).mean(), t["z_loss"], "official z")
 
 
 def test_the_network_for_lambda_is_trained() -> None:
@@ -197,14 +205,14 @@ def test_mixlora_top_p_gates(dtype: torch.dtype) -> None:
     E = z.shape[-1]
     made = logit_router("topp", E, dtype, top_p=p, temperature=T)
     want = t["alt.dynamic.gates_logit_temperature_renormalised"]
-    near(route(made, z).gates.detach().view_as(want), want, "renormalised")
+    assert near(route(made, z).gates.detach().view_as(want), want, "renormalised")
     made = logit_router("topp", E, dtype, top_p=p, renormalize=False)
     gates = route(made, z).gates.detach().view_as(want)
-    near(gates, t["dynamic.gates_T0"], "no temperature")
+    assert near(gates, t["dynamic.gates_T0"], "no temperature")
     # dividing probabilities by T is choosing up to p * T, with gates 1 / T as large
     made = logit_router("topp", E, dtype, top_p=p * T, renormalize=False)
     gates = route(made, z).gates.detach().view_as(want)
-    near(gates / T, t["dynamic.gates"], "divided probabilities")
+    assert near(gates / T, t["dynamic.gates"], "divided probabilities")
 
 
 @each_dtype
@@ -217,8 +225,8 @@ def test_mixlora_top_p_balance(dtype: torch.dtype) -> None:
     # its f counts tokens, ours assignments
     per_token = float(routing.assigned().sum() / routing.gates[:, 0].numel())
     value = per_token * objective(routing, None)
-    near(value.detach(), t["dynamic.aux"], "aux")
-    near(torch.autograd.grad(value, z)[0], t["dynamic.grad.logits"], "gradient")
+    assert near(value.detach(), t["dynamic.aux"], "aux")
+    assert near(torch.autograd.grad(value, z)[0], t["dynamic.grad.logits"], "gradient")
 
 
 @each_dtype
@@ -228,12 +236,14 @@ def test_mixlora_balance_by_layer(dtype: torch.dtype) -> None:
     made = logit_router("topk", t["logits"].shape[-1], dtype, top_k=int(t["top_k"]))
     mask = t["mask"].reshape(-1)
     layers = [objective(route(made, z.to(dtype)), mask) for z in t["logits"]]
-    near(torch.stack(layers).detach(), t["alt.aux_per_layer_divided_by_k"], "layers")
-    near(torch.stack(layers).mean().detach(), t["alt.aux_mean"], "mean")
+    assert near(
+        torch.stack(layers).detach(), t["alt.aux_per_layer_divided_by_k"], "layers"
+    )
+    assert near(torch.stack(layers).mean().detach(), t["alt.aux_mean"], "mean")
     # all layers as one batch, as the authors have it; f sums to k there
     z = t["logits"].to(dtype).requires_grad_()
     for m, name in ((mask.repeat(len(z)), "aux"), (None, "aux_unmasked")):
         value = int(t["top_k"]) * objective(route(made, z), m)
-        near(value.detach(), t[name], name)
+        assert near(value.detach(), t[name], name)
         if name == "aux":
-            near(torch.autograd.grad(value, z)[0], t["grad.logits"], "gradient")
+            assert near(torch.autograd.grad(value, z)[0], t["grad.logits"], "gradient")

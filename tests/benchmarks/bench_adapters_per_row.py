@@ -16,7 +16,6 @@ few layers and random weights, so that nothing is loaded; --model runs another.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
+from turns import ran_on, take_turns
 
 import molora
 from molora.base_models import load_base
@@ -42,7 +42,7 @@ LIMITS = {"base": None, "one": 1.3, "peft": 1 / 3}
 def base(options: argparse.Namespace) -> Any:
     """The base model: SmolLM2's widths with random weights, or a real one."""
     if options.model:
-        return load_base(options.model, dtype="float32")[0]
+        return load_base(options.model, options.dtype, options.device)[0]
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=2048,
@@ -55,7 +55,8 @@ def base(options: argparse.Namespace) -> Any:
         eos_token_id=2,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config).eval()
+    return model.to(options.device, getattr(torch, options.dtype))
 
 
 def adapted(options: argparse.Namespace, adapters: list[str]) -> Any:
@@ -94,21 +95,6 @@ def rows(options: argparse.Namespace) -> list[str]:
     return [[*NAMES, "base"][b % 9] for b in range(options.rows)]
 
 
-def interleave(
-    sides: dict[str, Callable[[], Any]], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each side, taking turns after one warm-up each."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, action in sides.items():
-            start = time.perf_counter()
-            with torch.no_grad():
-                action()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Seconds of prefill and of decoding, by side."""
     plain = base(options)
@@ -118,24 +104,27 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     peft_names = ["__base__" if name == "base" else name for name in names]
     shape = (options.rows, options.length)
     ids = torch.randint(3, 2048, shape, generator=torch.Generator().manual_seed(0))
+    ids = ids.to(options.device)
     with torch.no_grad(), molora.tasks(mixed, names):
         ours_BSV = mixed(ids).logits
         theirs_BSV = theirs(ids, adapter_names=peft_names).logits
     # the same work on both sides, or the times mean nothing
-    torch.testing.assert_close(ours_BSV, theirs_BSV, rtol=1e-3, atol=1e-3)
+    near = 1e-3 if options.dtype == "float32" else 5e-2
+    torch.testing.assert_close(ours_BSV, theirs_BSV, rtol=near, atol=near)
 
     def both(action: Callable[..., Any]) -> dict[str, list[float]]:
         def named() -> None:
             with molora.tasks(mixed, names):
                 action(mixed)
 
-        sides = {
+        sides: dict[str, Callable[[], Any]] = {
             "base": lambda: action(plain),
             "one": lambda: action(one),
             "mixed": named,
             "peft": lambda: action(theirs, adapter_names=peft_names),
         }
-        return interleave(sides, options.rounds)
+        with torch.no_grad():
+            return take_turns(sides, options.rounds, options.device)
 
     prompt = ids[:, :16]
     mask = torch.ones_like(prompt)
@@ -155,6 +144,8 @@ def main() -> None:
     """Measure, print one table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a base model instead, for example smollm2")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=9)
@@ -173,8 +164,8 @@ def main() -> None:
         "rows": rows(options),
         "length": options.length,
         "tokens": options.tokens,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
+        "machine": ran_on(options.device),
+        "dtype": options.dtype,
         "torch": torch.__version__,
         "seconds": seconds,
         "ratios": {

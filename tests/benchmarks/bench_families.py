@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from turns import ran_on, settle
 
 import molora
 from molora.config import read_yaml
@@ -172,6 +173,15 @@ def peak_bytes(model: nn.Module, x: Tensor, dy: Tensor) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def sizes(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Any]:
+    """What a layer trains and holds."""
+    return {
+        "trained": trained(model),
+        "kept_bytes": kept_bytes(model, x),
+        "peak_bytes": peak_bytes(model, x, dy),
+    }
+
+
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """All numbers, by family."""
     size = (options.tokens, options.features)
@@ -184,18 +194,11 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         models[kind] = mixture = ours(kind, options.experts, options)
         alone, other = ours(kind, 1, options), theirs(kind, options)
         found[kind] = {
-            "mixture": {
-                "trained": trained(mixture),
-                "kept_bytes": kept_bytes(mixture, x),
-                "peak_bytes": peak_bytes(mixture, x, dy),
-            },
-            "one": {"trained": trained(alone), "kept_bytes": kept_bytes(alone, x)},
+            "mixture": sizes(mixture, x, dy),
+            "one": sizes(alone, x, dy),
         }
         if other is not None:
-            found[kind]["peft"] = {
-                "trained": trained(other),
-                "kept_bytes": kept_bytes(other, x),
-            }
+            found[kind]["peft"] = sizes(other, x, dy)
     by_turns(found, models, lambda model: step(model, x, dy), "", options)
     for model in models.values():
         model.eval()
@@ -218,21 +221,16 @@ def by_turns(
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     for _ in range(1 + options.rounds):
         for kind, model in models.items():
-            _wait(options.device)
+            settle(options.device)
             start = clock()
             work(model)
-            _wait(options.device)
+            settle(options.device)
             times[kind].append(clock() - start)
     for kind, mine in times.items():
         pairs = zip(mine[1:], times["lora"][1:], strict=True)
         ratio = statistics.median(own / lora for own, lora in pairs)
         found[kind]["mixture"][f"{name}seconds"] = statistics.median(mine[1:])
         found[kind]["mixture"][f"{name}by_lora"] = ratio
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def show(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
@@ -245,7 +243,9 @@ def show(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
         table.add_column(head, justify="right")
     for head in ("trained", "kept, MiB", "peak, MiB"):
         table.add_column(head, justify="right")
-    for head in ("one: trained", "kept, MiB", "PEFT: trained", "kept, MiB"):
+    for head in ("one: trained", "kept, MiB", "peak, MiB"):
+        table.add_column(head, justify="right")
+    for head in ("PEFT: trained", "kept, MiB", "peak, MiB"):
         table.add_column(head, justify="right")
     for kind, values in found.items():
         mix, one, other = values["mixture"], values["one"], values.get("peft", {})
@@ -260,8 +260,10 @@ def show(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
             _mib(mix["peak_bytes"]),
             f"{one['trained']:,}",
             _mib(one["kept_bytes"]),
+            _mib(one["peak_bytes"]),
             f"{other['trained']:,}" if other else "-",
             _mib(other.get("kept_bytes")),
+            _mib(other.get("peak_bytes")),
         )
     Console(width=150).print(table)
 
@@ -296,7 +298,14 @@ def main() -> None:
     show(found, options)
     if options.json:
         kept = {k: v for k, v in vars(options).items() if k != "json"}
-        options.json.write_text(json.dumps({"options": kept, "families": found}))
+        made = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": ran_on(options.device),
+            "torch": torch.__version__,
+            "options": kept,
+            "families": found,
+        }
+        options.json.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

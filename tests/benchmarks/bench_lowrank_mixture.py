@@ -18,7 +18,6 @@ it, whose backward has the layer's input gradient in float32 (kernels/frozen_lin
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from turns import ran_on
 
 from molora.kernels import lowrank_mixture, machine
 
@@ -218,8 +218,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="kept per size, resumes")
     options = parser.parse_args()
     done: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
+        "machine": ran_on(),
         "torch": torch.__version__,
         "rounds": options.rounds,
         "sizes": [],

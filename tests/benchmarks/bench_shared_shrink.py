@@ -9,7 +9,6 @@ the time of the frozen layers alone out of both.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from turns import ran_on
 
 import molora
 
@@ -115,8 +115,7 @@ def main() -> None:
     if options.json:
         result = {
             "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}",
+            "machine": ran_on(),
             "torch": torch.__version__,
             "sizes": results,
         }

@@ -4,14 +4,16 @@
 
 molora: 8 experts of rank 8, top-2, a router per site, on all 7 linears of every layer.
 PEFT: LoRA of rank 8 on the same linears. Both train in one process, interleaved; the
-figure is the ratio of the medians. Peak memory is that of a process of its own.
+figure is the ratio of the medians. Peak memory is that of a process of its own, on a
+GPU what its tensors take there.
 
-``--profile`` prints instead where the time of a step and of a decoded token goes.
+``--profile`` prints instead where the time of a step and of a decoded token goes, on a
+GPU that of the host and then that of the device.
 """
 
 import argparse
+import functools
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -26,6 +28,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from turns import ran_on, settle, take_turns
 
 import molora
 from molora.base_models import load_base
@@ -46,9 +49,9 @@ def mixture(balance: bool) -> molora.AdapterConfig:
     )
 
 
-def build(kind: str, dtype: str) -> Any:
+def build(kind: str, options: argparse.Namespace) -> Any:
     """One adapted model, B drawn at random so that every product is real."""
-    base, _ = load_base("smollm2", dtype=dtype)
+    base, _ = load_base("smollm2", options.dtype, options.device)
     torch.manual_seed(0)
     if kind == "peft":
         config = LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS)
@@ -86,33 +89,36 @@ def decode(model: Any, ids: torch.Tensor, tokens: int) -> None:
         )
 
 
-def interleave(
-    models: dict[str, Any], action: Callable[[Any], None], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each action, the models taking turns after one warm-up each."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            action(model)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def profile(
-    models: dict[str, Any], action: Callable[[Any], None], title: str, top: int = 14
+    models: dict[str, Any],
+    action: Callable[[Any], None],
+    title: str,
+    device: str,
+    top: int = 14,
 ) -> None:
     """Print the operators that take most time, with calls and self time per model."""
-    found: dict[str, dict[str, tuple[int, float]]] = {}
+    where = ["cpu"] if device == "cpu" else ["cpu", "device"]
+    events = {}
     for name, model in models.items():
         action(model)
         with torch.profiler.profile() as recorded:
             action(model)
-        for event in recorded.key_averages():
-            cell = (event.count, event.self_cpu_time_total / 1e3)
+            settle(device)
+        events[name] = recorded.key_averages()
+    for which in where:
+        tabulate(events, f"{title}, {which}: self time, ms (calls)", which, top)
+
+
+def tabulate(events: dict[str, Any], title: str, which: str, top: int) -> None:
+    """Print one table of a profile."""
+    models = [*events]
+    found: dict[str, dict[str, tuple[int, float]]] = {}
+    for name in models:
+        for event in events[name]:
+            time_us = getattr(event, f"self_{which}_time_total")
+            cell = (event.count, time_us / 1e3)
             found.setdefault(event.key, {})[name] = cell
-    table = Table(title=f"{title}: self time, ms (calls)")
+    table = Table(title=title)
     for column in ("operator", *models):
         table.add_column(column)
     none = (0, 0.0)
@@ -126,17 +132,17 @@ def profile(
 
 
 def peak_memory(kind: str, options: argparse.Namespace) -> int:
-    """Peak resident bytes of a process that runs one training step."""
+    """Peak bytes of a process that runs one training step, on a GPU those there."""
     command = [sys.executable, __file__, "--measure-memory", kind]
-    for name in ("dtype", "rows", "length"):
+    for name in ("dtype", "rows", "length", "device"):
         command += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def lifecycle(dtype: str) -> dict[str, float]:
+def lifecycle(options: argparse.Namespace) -> dict[str, float]:
     """Seconds of wrap, save and load of the mixture."""
-    base, _ = load_base("smollm2", dtype=dtype)
+    base, _ = load_base("smollm2", options.dtype, options.device)
     marks = [time.perf_counter()]
     model: Any = molora.wrap(base, mixture(False))
     marks.append(time.perf_counter())
@@ -158,34 +164,46 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to decode")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = (options.rows, options.length)
     ids = torch.randint(0, 49152, shape, generator=torch.Generator().manual_seed(0))
+    ids = ids.to(options.device)
     if options.measure_memory:
-        train_step(build(options.measure_memory, options.dtype), ids)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        train_step(build(options.measure_memory, options), ids)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        on_gpu = options.device == "cuda"
+        print(torch.cuda.max_memory_allocated() if on_gpu else resident)
         return
     if options.profile:
-        models = {name: build(name, options.dtype) for name in ("peft", "molora")}
-        profile(models, lambda m: train_step(m, ids), "Training step")
-        profile(models, lambda m: decode(m, ids, options.tokens), "Decoding")
+        models = {name: build(name, options) for name in ("peft", "molora")}
+        where = options.device
+        profile(models, lambda m: train_step(m, ids), "Training step", where)
+        profile(models, lambda m: decode(m, ids, options.tokens), "Decoding", where)
         return
     memory = {name: peak_memory(name, options) for name in ("peft", "molora")}
     names = ["peft", "molora", "molora with balance"]
-    models = {name: build(name, options.dtype) for name in names}
-    step = interleave(models, lambda m: train_step(m, ids), options.rounds)
-    del models["molora with balance"]
-    speed = interleave(models, lambda m: decode(m, ids, options.tokens), options.rounds)
+    models = {name: build(name, options) for name in names}
+    more = (options.rounds, options.device)
+    steps = {n: functools.partial(train_step, m, ids) for n, m in models.items()}
+    step = take_turns(steps, *more)
+    del models["molora with balance"], steps
+    speed = take_turns(
+        {
+            name: functools.partial(decode, model, ids, options.tokens)
+            for name, model in models.items()
+        },
+        *more,
+    )
     del models
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "dtype": options.dtype,
         "shape": shape,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
+        "machine": ran_on(options.device),
         "torch": torch.__version__,
         "seconds": {"step": step, "decode": speed},
         "peak_bytes": memory,
@@ -195,7 +213,7 @@ def main() -> None:
             "decode": ratio(speed, "molora"),
             "peak memory": memory["molora"] / memory["peft"],
         },
-        "lifecycle_seconds": lifecycle(options.dtype),
+        "lifecycle_seconds": lifecycle(options),
     }
     show(result)
     if options.json:

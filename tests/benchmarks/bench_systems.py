@@ -5,9 +5,12 @@
 All see the same rows in the same order for the same steps with the same learning rate,
 on all linear layers; each keeps the experts, router, objectives and scale alpha / r of
 its YAML, and its rank is set so that it trains as many values as the quickstart's
-mixture. One run after the other, each in a process of its own, whose peak memory is
-noted; results are kept per run, so a stopped run goes on. The time of a step is taken
-at the end, for each system and the LoRA by turns.
+mixture. Each run has a process of its own, whose peak memory is noted, on a GPU that of
+its tensors there; ``--jobs`` runs some at a time. Results are kept per run, so a
+stopped benchmark goes on. The time of a step is taken at the end, for each system and
+the LoRA by turns.
+
+A GPU, where there is one, is used; its results go into a file of their own.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from turns import ran_on, settle
 
 import molora
 from molora.base_models import load_base
@@ -35,6 +39,7 @@ from molora.training.arguments import build_arguments
 from molora.training.data import Collator, build_eval_sets, build_mixture
 from molora.training.evaluation import evaluate
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SYSTEMS = {
     "lora": "one LoRA",
     "quickstart": "top-2 of 8",
@@ -61,6 +66,11 @@ SHORT = [
     "training.report_to=[]",
 ]
 """What makes a run short enough for a CPU; other overrides replace it."""
+
+
+def run_one(job: tuple[str, int, list[str]]) -> tuple[str, int, dict[str, Any]]:
+    """One run of a pool, with what it is."""
+    return job[0], job[1], run(*job)
 
 
 def trained_values(model: Any) -> int:
@@ -128,9 +138,16 @@ def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
         return {
             "values": trained_values(model),
             "train_seconds": seconds,
-            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "peak_mb": peak_bytes() >> 20,
             "scores": {task: result.to_dict() for task, result in scores.items()},
         }
+
+
+def peak_bytes() -> int:
+    """Most bytes that this process, or its tensors on a GPU, have taken."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def step_ratio(name: str, rounds: int = 3) -> float:
@@ -139,19 +156,22 @@ def step_ratio(name: str, rounds: int = 3) -> float:
     Two models at a time: where many are held, the later ones lie in worse memory.
     """
     ids = torch.randint(3, 40000, (4, 128), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(DEVICE)
     steps, times = [], []
     for which in ("lora", name):
-        model, _ = load_base("smollm2", "float32")
+        model, _ = load_base("smollm2", "float32", DEVICE)
         molora.wrap(model, equal_size(model, which, 0)).train()
         optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-5)
         steps.append((model, optimizer))
     for _ in range(1 + rounds):
         for model, optimizer in steps:
+            settle(DEVICE)
             start = time.perf_counter()
             with molora.tasks(model, ["sentiment"] * len(ids)):
                 model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            settle(DEVICE)
             times.append(time.perf_counter() - start)
     lora, own = (statistics.median(times[2 + at :: 2]) for at in (0, 1))
     return own / lora
@@ -163,6 +183,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("runs/bench_systems.json"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("overrides", nargs="*", default=SHORT, help="key.path=value")
     options = parser.parse_args()
@@ -171,6 +192,9 @@ def main() -> None:
         done = json.loads(options.json.read_text())
     if done.setdefault("overrides", options.overrides) != options.overrides:
         parser.error(f"{options.json} holds runs with other overrides")
+    here = ran_on(DEVICE)
+    if not options.show and done.setdefault("machine", here) != here:
+        parser.error(f"{options.json} holds runs of {done['machine']}")
     runs = done.setdefault("runs", {})
     missing = [
         (name, seed)
@@ -179,11 +203,12 @@ def main() -> None:
         if f"{name}-{seed}" not in runs
     ]
     own = multiprocessing.get_context("spawn")
-    for name, seed in missing if not options.show else ():
-        with own.Pool(1) as pool:
-            found = pool.apply(run, (name, seed, options.overrides))
-        runs[f"{name}-{seed}"] = {**found, "date": time.strftime("%Y-%m-%d")}
-        _write(options.json, done)
+    jobs = [] if options.show else [(*which, options.overrides) for which in missing]
+    # a process ends after its run: its peak is its own
+    with own.Pool(options.jobs, maxtasksperchild=1) as pool:
+        for name, seed, found in pool.imap_unordered(run_one, jobs):
+            runs[f"{name}-{seed}"] = {**found, "date": time.strftime("%Y-%m-%d")}
+            _write(options.json, done)
     ratios = done.setdefault("step / LoRA", {})
     for name in options.systems if not options.show else ():
         if name not in ratios:

@@ -10,7 +10,6 @@ medians. The model has the sizes of SmolLM2-135M and random weights, or is the r
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from peft import LoraConfig, XLoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
+from turns import ran_on, settle
 
 import molora
 from molora.base_models import load_base
@@ -34,7 +34,7 @@ LIMIT = 2.2
 def base(options: argparse.Namespace, **more: Any) -> Any:
     """SmolLM2-135M, or a model of its sizes."""
     if options.real:
-        model, _ = load_base("smollm2", dtype=options.dtype)
+        model, _ = load_base("smollm2", options.dtype, options.device)
         model.config.use_cache = more.get("use_cache", True)
         return model
     torch.manual_seed(0)
@@ -48,7 +48,8 @@ def base(options: argparse.Namespace, **more: Any) -> Any:
         tie_word_embeddings=True,
         **more,
     )
-    return LlamaForCausalLM(config).to(getattr(torch, options.dtype))
+    model: Any = LlamaForCausalLM(config)
+    return model.to(options.device, getattr(torch, options.dtype))
 
 
 def lora(model: Any, seed: int) -> Any:
@@ -58,7 +59,8 @@ def lora(model: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in made.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01, generator=generator)
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(0.01 * values)
     return made
 
 
@@ -79,7 +81,7 @@ def build(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ),
         "peft x-lora": get_peft_model(base(options, use_cache=False), settings),
     }
-    return {name: model.eval() for name, model in models.items()}
+    return {n: model.to(options.device).eval() for n, model in models.items()}
 
 
 def decode(model: Any, prompt: torch.Tensor, tokens: int) -> float:
@@ -94,6 +96,7 @@ def decode(model: Any, prompt: torch.Tensor, tokens: int) -> float:
             do_sample=False,
             pad_token_id=0,
         )
+    settle(prompt.device.type)
     return time.perf_counter() - start
 
 
@@ -103,6 +106,7 @@ def measure(
     """Milliseconds per new token, the prompt's part taken off, after one warm-up."""
     shape = (1, options.prompt)
     prompt = torch.randint(0, 49152, shape, generator=torch.Generator().manual_seed(0))
+    prompt = prompt.to(options.device)
     found: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(options.rounds + 1):
         for name, model in models.items():
@@ -117,6 +121,7 @@ def main() -> None:
     """Measure, print one table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--real", action="store_true", help="the real SmolLM2-135M")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--adapters", type=int, default=8)
@@ -141,8 +146,7 @@ def main() -> None:
         settings = {k: v for k, v in vars(options).items() if k != "json"}
         result = {
             "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}",
+            "machine": ran_on(options.device),
             "torch": torch.__version__,
             "settings": settings,
             "ms_per_token": times,

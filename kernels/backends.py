@@ -71,7 +71,7 @@ class Backend(NamedTuple):
 
     def is_installed(self) -> bool:
         """Whether the package that the module needs is there."""
-        return self.needs is None or _is_installed(self.needs)
+        return self.needs is None or is_installed(self.needs)
 
     def why_not(
         self,
@@ -96,7 +96,8 @@ def _load(module: str) -> Path:
 
 
 @functools.cache
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package is there."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -97,7 +97,7 @@ def launch(
             _launch(kernel, grid, tensors, settings, config)
 
 
-_FREE = {"T", "seed", "slot", "blocks", "pairs", "p", "scale"}
+_FREE = {"T", "seed", "slot", "blocks", "pairs", "p", "scale", "heat"}
 """Arguments whose value has no part in what is compiled."""
 
 _REMEMBERED = 4096
@@ -119,14 +119,12 @@ def _launch(
     dtypes, whether pointers are multiples of 16 and, on AMD, whether they reach beyond
     2 GiB, sizes, and constants.
     """
-    key = (
-        kernel,
-        config,
-        torch.cuda.current_device(),
-        settings.get("seed", 0) >> 31 > 0,
-        *[t if t is None else _pointer(t) for t in tensors.values()],
-        *[value for name, value in settings.items() if name not in _FREE],
-    )
+    # a jitted function makes its hash anew each time, the function in it does not
+    large = settings.get("seed", 0) >> 31 > 0
+    parts = [kernel.fn, config, torch.cuda.current_device(), large]
+    parts += [t if t is None else _pointer(t) for t in tensors.values()]
+    parts += [value for name, value in settings.items() if name not in _FREE]
+    key = tuple(parts)
     known = _compiled.get(key)
     if known is None:
         if len(_compiled) >= _REMEMBERED:

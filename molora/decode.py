@@ -1,13 +1,14 @@
-"""One token through a layer, while a model decodes on a CPU.
+"""The short way through a layer without gradients, for the plain case.
 
 Between two layers of a decoding model their weights flow through the caches, so every
 Python function and every operator starts cold, and their number is what an adapter
-costs. This is ``MoloraLinear.forward`` for one token with as few of them as there can
-be: the router's choice is made on the host, and the factors of the experts in use are
-all that is read. Whatever is not the plain case is left to ``forward``.
+costs. This is ``MoloraLinear.forward`` with as few of them as there can be. On a CPU,
+for one token, the router's choice is made on the host, and the factors of the experts
+in use are all that is read. On a GPU, for any number of tokens, the router is one
+launch and the update two. Whatever is not the plain case is left to ``forward``.
 
 Shape legend
-    E experts   I in features   O out features   r rank of one expert
+    T tokens   E experts   I in features   O out features   r rank of one expert
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks_of
 
 from molora.experts.factors import FactorExperts
+from molora.kernels import lowrank_mixture
 from molora.kernels.torch_path import cast
 from molora.routers.base import LinearGateRouter
 
@@ -44,8 +46,8 @@ class Plan(NamedTuple):
     """Hooks of what is not called as a module."""
 
 
-def one_token(site: "MoloraLinear", x: Tensor) -> Tensor | None:
-    """The layer's output for one token without gradients.
+def short_way(site: "MoloraLinear", x: Tensor) -> Tensor | None:
+    """The layer's output without gradients, on a CPU for one token only.
 
     Args:
         site: The layer.
@@ -55,14 +57,18 @@ def one_token(site: "MoloraLinear", x: Tensor) -> Tensor | None:
         [..., O]; None where ``forward`` must see to it: several tokens, training, hooks
         on the router or the experts, a recording, other experts or routers.
     """
-    if torch.compiler.is_compiling() or not x.is_cpu or x.numel() != site.in_features:
+    if torch.compiler.is_compiling():
+        return None
+    if not x.is_cuda and not (x.is_cpu and x.numel() == site.in_features):
         return None
     modules, plan = site._modules, site.plan
     experts, router = modules["experts"], modules.get("router")
     if plan is None or plan.experts is not experts or plan.router is not router:
         plan = site.plan = _plan(site)
-    if plan.scale is None or _is_special(site, plan, x.dtype):
+    if plan.scale is None or _is_special(site, plan, x):
         return None
+    if x.is_cuda:
+        return _on_gpu(site, x, plan)
     x_1I = cast(x.reshape(1, -1), plan.experts._parameters["A"].dtype)
     used = [(0, 1.0)]
     if plan.choose is not None:
@@ -75,7 +81,24 @@ def one_token(site: "MoloraLinear", x: Tensor) -> Tensor | None:
     return _updated(base, x_1I, used, plan)
 
 
-def _is_special(site: "MoloraLinear", plan: Plan, dtype: torch.dtype) -> bool:
+def _on_gpu(site: "MoloraLinear", x: Tensor, plan: Plan) -> Tensor | None:
+    """What is left of ``forward`` where nothing but the output is asked for."""
+    x_TI = x.reshape(-1, site.in_features)
+    gates_TE, top_k = None, None
+    if plan.choose is not None:
+        routing = plan.router.in_one(x_TI)
+        if routing is None:
+            return None
+        gates_TE, top_k = routing.gates, routing.top_k
+    base: Tensor = site._modules["base"](x)  # type: ignore[misc]
+    A, Bt = plan.experts._parameters["A"], plan.experts._parameters["Bt"]
+    assert plan.scale is not None
+    base_TO = base.reshape(-1, site.out_features)
+    y_TO = lowrank_mixture(x_TI, A, Bt, gates_TE, plan.scale, base_TO, top_k=top_k)
+    return y_TO.view(base.shape)
+
+
+def _is_special(site: "MoloraLinear", plan: Plan, x: Tensor) -> bool:
     """Whether this call is not the plain case, though the layer is."""
     runtime, experts, router = site.runtime, plan.experts._parameters, plan.router
     if runtime.disabled or runtime.trace is not None:
@@ -94,13 +117,14 @@ def _is_special(site: "MoloraLinear", plan: Plan, dtype: torch.dtype) -> bool:
             return True
     base = site._modules["base"]._parameters.get("weight")  # type: ignore[union-attr]
     # a token in half precision is multiplied by experts in float32 as float32
+    dtype = x.dtype
     wide = torch.float32 if dtype in HALF else dtype
     weights = [experts.get("A"), experts.get("Bt")]
     if router is not None:
         weights.append(router._modules["gate"]._parameters.get("weight"))
     alike = base is not None and base.dtype == dtype
     alike = alike and all(w is not None and w.dtype == wide for w in weights)
-    return not alike or torch.is_autocast_enabled("cpu")
+    return not alike or torch.is_autocast_enabled(x.device.type)
 
 
 def _updated(

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from molora import shared_shrink
 from molora.config import SiteConfig
 from molora.context import ForwardContext, Runtime, in_backward
-from molora.decode import Plan, one_token
+from molora.decode import Plan, short_way
 from molora.errors import RoutingError
 from molora.experts import EXPERTS, AbstractExperts, Place
 from molora.ffn import enter, leave, slots_of
@@ -163,7 +163,7 @@ class MoloraLinear(MergeableLinear):
                 or a balance objective that no gradient reaches.
         """
         if not torch.is_grad_enabled():
-            decoded = one_token(self, x)
+            decoded = short_way(self, x)
             if decoded is not None:
                 return decoded
             if not self.runtime.continues:

@@ -353,6 +353,17 @@ class LinearGateRouter(AbstractRouter):
         """
         return None
 
+    def in_one(self, x: Tensor) -> Routing | None:
+        """``forward`` as one launch on a GPU.
+
+        Args:
+            x: [T, I].
+
+        Returns:
+            The routing; None where it takes more than that.
+        """
+        return None
+
     def scores(self, x: Tensor) -> Tensor:
         """Logits before noise and temperature, [T, E] in at least float32."""
         return router_logits(x, self.gate.weight)

@@ -30,6 +30,15 @@ def share(kept_TE: Tensor, chosen_TE: Tensor) -> Tensor:
     return torch.where(chosen_TE, gates_TE, zero)
 
 
+def not_finite(site: str) -> str:
+    """What to say where a logit is NaN or infinite."""
+    return (
+        f"site {site!r}: router logits are not finite. The layer's input or the "
+        "router's weights hold NaN or infinity; lower the learning rate or look "
+        "for the first layer that overflows."
+    )
+
+
 def require_finite(logits_TE: Tensor, site: str) -> Tensor:
     """Return the logits, or raise when one is not finite; asynchronous on devices.
 
@@ -47,11 +56,7 @@ def require_finite(logits_TE: Tensor, site: str) -> Tensor:
             return logits_TE
     elif on_cpu and math.isfinite(logits_TE.sum().item()):
         return logits_TE
-    message = (
-        f"site {site!r}: router logits are not finite. The layer's input or the "
-        "router's weights hold NaN or infinity; lower the learning rate or look "
-        "for the first layer that overflows."
-    )
+    message = not_finite(site)
     if on_cpu:
         raise RoutingError(message)
     torch._assert_async(torch.isfinite(logits_TE.sum()), message)

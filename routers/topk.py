@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from molora.context import ForwardContext
+from molora.kernels import can_route, topk_route
 from molora.routers.base import (
     ROUTERS,
     GateConfig,
@@ -25,6 +26,7 @@ from molora.routers.base import (
     RouterConfig,
     Routing,
 )
+from molora.routers.gates import not_finite
 
 
 @ROUTERS.register("topk", paper="arXiv:1701.06538")
@@ -73,6 +75,20 @@ class TopKRouter(LinearGateRouter):
         """See base class."""
         return self.config.renormalize and not self.epsilon
 
+    def in_one(self, x: Tensor) -> Routing | None:
+        """See base class."""
+        config, weight_EI = self.config, self.gate.weight
+        drawn = self.training and (config.noise or config.expert_dropout)
+        own = type(self).scores is not LinearGateRouter.scores
+        if drawn or own or self.epsilon or self.bias_E is not None:
+            return None
+        if not can_route(x, weight_EI):
+            return None
+        settings = (config.top_k, config.temperature, config.renormalize)
+        said = not_finite(self.site)
+        logits_TE, gates_TE = topk_route(x, weight_EI, *settings, said)
+        return Routing(gates_TE, None, logits_TE, config.top_k)
+
     def chooser(self) -> Callable[[list[float]], list[tuple[int, float]] | None] | None:
         """See base class."""
         # those that derive from it score experts in other ways
@@ -96,6 +112,9 @@ class TopKRouter(LinearGateRouter):
 
     def forward(self, x: Tensor, context: ForwardContext) -> Routing:
         """See base class."""
+        routing = self.in_one(x)
+        if routing is not None:
+            return routing
         logits_TE = self.logits(x)
         seen_TE = self.available(logits_TE)
         if self.bias_E is None:

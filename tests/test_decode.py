@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import molora
 from molora import layer as layer_module
-from molora.decode import one_token
+from molora.decode import short_way
 from molora.errors import RoutingError
 from molora.experts.lora import LoRAExperts
 from molora.layer import MoloraLinear
@@ -82,7 +82,7 @@ def test_equals_the_definition(tiny_llama: Factory, router: Any, experts: Any) -
     model = wrapped(tiny_llama, router, **experts)
     site, x = site_of(model), token(model)
     with torch.no_grad():
-        y = one_token(site, x)
+        y = short_way(site, x)
     wanted = by_hand(site, x, router.get("top_k", 2), router.get("renormalize", True))
     assert y is not None and y.shape == (1, 1, site.out_features)
     torch.testing.assert_close(y.view(-1), wanted, rtol=1e-9, atol=1e-9)
@@ -99,7 +99,7 @@ def test_half_precision_is_rounded_once(tiny_llama: Factory, dtype: Any) -> None
         site.base.to(dtype)
     site, x = site_of(model), token(model, torch.float32).to(dtype)
     with torch.no_grad():
-        y = one_token(site, x)
+        y = short_way(site, x)
         base = site.base(x).double().view(-1)
         exact = by_hand(site, x, 2, True)
         # the definition from the base output as the model has it
@@ -117,11 +117,11 @@ def test_generation_with_a_cache_takes_it(
     model, taken = wrapped(tiny_llama), []
 
     def noted(site: MoloraLinear, x: Tensor) -> Tensor | None:
-        y = one_token(site, x)
+        y = short_way(site, x)
         taken.append(y is not None)
         return y
 
-    monkeypatch.setattr(layer_module, "one_token", noted)
+    monkeypatch.setattr(layer_module, "short_way", noted)
     ids = torch.tensor([[5, 17, 33, 9]])
     given = {"max_new_tokens": 6, "do_sample": False, "attention_mask": ids > 0}
     cached = model.generate(ids, **given)
@@ -147,7 +147,7 @@ def test_other_experts_are_left_to_forward(tiny_llama: Factory, experts: Any) ->
     model = molora.wrap(tiny_llama(), molora.AdapterConfig.from_dict(raw)).eval()
     site = site_of(model)
     with torch.no_grad():
-        assert one_token(site, token(model, torch.float32)) is None
+        assert short_way(site, token(model, torch.float32)) is None
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_other_routers_are_left_to_forward(tiny_llama: Factory, router: Any) -> 
     }
     model = molora.wrap(tiny_llama(), molora.AdapterConfig.from_dict(raw)).eval()
     with torch.no_grad():
-        assert one_token(site_of(model), token(model, torch.float32)) is None
+        assert short_way(site_of(model), token(model, torch.float32)) is None
 
 
 def test_what_a_call_asks_for_is_left_to_forward(tiny_llama: Factory) -> None:
@@ -171,7 +171,7 @@ def test_what_a_call_asks_for_is_left_to_forward(tiny_llama: Factory) -> None:
 
     def left() -> bool:
         with torch.no_grad():
-            return one_token(site, x) is None
+            return short_way(site, x) is None
 
     assert not left()
     with molora.disabled(model):
@@ -192,8 +192,8 @@ def test_what_a_call_asks_for_is_left_to_forward(tiny_llama: Factory) -> None:
     everywhere.remove()
     with torch.no_grad():
         # the base layer is in float32
-        assert one_token(site, x.bfloat16()) is None
-        assert one_token(site, torch.cat([x, x], 1)) is None
+        assert short_way(site, x.bfloat16()) is None
+        assert short_way(site, torch.cat([x, x], 1)) is None
     assert not left()
 
 
@@ -203,10 +203,10 @@ def test_what_is_set_afterwards_is_seen(tiny_llama: Factory) -> None:
     router: Any = site.router
     experts: Any = site.experts
     with torch.no_grad():
-        assert one_token(site, x) is not None
+        assert short_way(site, x) is not None
         for module in (experts, router):
             module.train()
-            assert one_token(site, x) is None
+            assert short_way(site, x) is None
             module.eval()
         experts.scale = 0.0
         torch.testing.assert_close(site(x), site.base(x))
@@ -214,7 +214,7 @@ def test_what_is_set_afterwards_is_seen(tiny_llama: Factory) -> None:
         long = site(torch.cat([x, x], 1))
         torch.testing.assert_close(site(x), long[:, :1])
         nn.utils.parametrizations.weight_norm(router.gate)
-        assert one_token(site, x) is None
+        assert short_way(site, x) is None
 
 
 def test_a_family_that_derives_from_lora_is_left_to_forward() -> None:
@@ -258,7 +258,7 @@ def test_a_tie_is_left_to_forward_and_a_bad_input_is_refused(
     model = wrapped(tiny_llama, dtype=torch.float32)
     site, x = site_of(model), token(model, torch.float32)
     with torch.no_grad():
-        assert one_token(site, torch.zeros_like(x)) is None
+        assert short_way(site, torch.zeros_like(x)) is None
         with pytest.raises(RoutingError, match="up_proj.*not finite"):
             site(x * torch.nan)
 

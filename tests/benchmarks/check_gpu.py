@@ -4,10 +4,12 @@
 
 Result and all gradients, for shapes ragged in every dimension, three dtypes, shared
 factors, dropout with its own mask, and tokens that all use one expert; then two runs
-that must agree to the bit, and a replay from a CUDA graph that must agree with them.
+that must agree to the bit, and a replay from a CUDA graph that must agree with them;
+and whole layers with their routers in training and in use.
 Exits with 1 when anything is off. On a CPU it runs in Triton's interpreter.
 """
 
+import copy
 import multiprocessing
 import os
 import sys
@@ -25,6 +27,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+import molora
 from molora.kernels import lowrank_mixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,6 +35,13 @@ DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 """Largest norm of a difference over the norm of what is right."""
 
 TRITON = ("triton", "triton_grouped", "triton_gather")
+
+
+ROUTERS: list[dict[str, object]] = [
+    {"kind": "topk", "top_k": 2},
+    {"kind": "topk", "top_k": 3, "renormalize": False, "temperature": 0.7},
+    {"kind": "soft"},
+]
 
 
 class Case(NamedTuple):
@@ -217,6 +227,41 @@ def replayed(name: str) -> bool:
     return torch.equal(captured, step())
 
 
+def layer_errors(router: dict[str, object], dtype: torch.dtype) -> dict[str, float]:
+    """A routed layer in training and in use, against its copy in float64 on a CPU."""
+    torch.manual_seed(0)
+    raw = {
+        "target_modules": ["0"],
+        "experts": {"kind": "lora", "num_experts": 6, "r": 8, "lora_alpha": 16},
+        "router": router,
+        "balance": [{"kind": "switch", "weight": 0.1}],
+    }
+    plain = torch.nn.Sequential(torch.nn.Linear(200, 320)).to(dtype)
+    ours = molora.wrap(plain, molora.AdapterConfig.from_dict(raw))
+    for name, values in ours.named_parameters():
+        if values.requires_grad:
+            values.data.normal_(0, 0.3 if "gate" in name else 0.1)
+    exact = copy.deepcopy(ours).double()
+    ours.to(DEVICE)
+    found: dict[str, float] = {}
+    for tokens in (1, 300):
+        x, dy = (torch.randn(tokens, wide).to(dtype) for wide in (200, 320))
+        sides = []
+        for model in (ours.train(), exact.train()):
+            some = next(model.parameters())
+            kind = {"device": some.device, "dtype": some.dtype}
+            x_here = x.to(**kind).requires_grad_()
+            y = model(x_here)
+            leaves = [p for p in model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(y, [x_here, *leaves], dy.to(**kind))
+            with torch.no_grad():
+                sides.append([y, *gradients, model.eval()(x_here)])
+        pairs = zip(*sides, strict=True)
+        errors = [error(a.detach().cpu(), b.detach()) for a, b in pairs]
+        found[f"{tokens} tokens"] = max(errors)
+    return found
+
+
 def row(job: tuple[Case, torch.dtype]) -> tuple[list[str], int]:
     """One row of the table, and how many of its results are wrong."""
     case, dtype = job
@@ -259,6 +304,10 @@ def main() -> None:
             good = replayed(name)
             wrong += not good
             print(f"CUDA graph of {name}: {'equal' if good else 'wrong'}")
+    for router, (dtype, limit) in product(ROUTERS, DTYPES.items()):
+        errors = layer_errors(router, dtype)
+        wrong += sum(not value <= limit for value in errors.values())
+        print(router, dtype, {k: f"{v:.1e}" for k, v in errors.items()})
     print(f"{wrong} wrong")
     sys.exit(wrong > 0)
 

@@ -23,6 +23,7 @@ from molora.kernels import (
     triton_dense,
     triton_gather,
     triton_grouped,
+    triton_topk,
 )
 from molora.kernels.configs import (
     ARCHES,
@@ -104,6 +105,7 @@ def compiled(entry: Entry) -> Numbers:
     kernel, arch, rank, itemsize, is_cast, config, variant = entry
     uncast = kernel in WITH_FACTOR and itemsize == 2 and not is_cast
     tokens = TOKENS[1] if uncast else 8192
+    tokens = 1 if kernel == "topk_gates" and config.BM == 1 else tokens
     with forced(kernel, config), recorded(arch, kernel, variant) as made:
         call(kernel, rank, itemsize, tokens, variant=variant)
     return read(next(launch.compiled for launch in made if launch.compiled))
@@ -163,7 +165,15 @@ def call(
     gates = torch.empty(tokens, experts, device="meta")
     routed = (A, Bt, gates, 2.0)
     mask = (0.1, 1) if variant == "dropout" else (0.0, 0)
-    if kernel.startswith("gather"):
+    if kernel.startswith("topk"):
+        weight = torch.empty(rank, wide, device="meta")
+        pair = [torch.empty(tokens, rank, device="meta") for _ in range(2)]
+        if kernel == "topk_gates":
+            flag = torch.empty((), device="meta", dtype=torch.uint8)
+            triton_topk.gates_of(x, weight, flag, 2, 1.0, True)
+        else:
+            triton_topk.backward(x, weight, *pair, *pair, 1.0, True, True, True)
+    elif kernel.startswith("gather"):
         triton_gather.forward(x, x, *routed, 2, *mask)
     elif kernel.startswith(("grouped", "route")):
         z = triton_grouped.forward(x, x, *routed, 2, *mask)[1]

@@ -27,16 +27,23 @@ from molora.kernels.configs import ARCHES, RANKS, Entry, entries, variants
 from molora.kernels.machine_code import DENSE, TARGETS, Numbers, faults
 from molora.kernels.triton_dense_backward import SUM
 from molora.kernels.triton_route import LAUNCH as ROUTE
+from molora.kernels.triton_topk import ONE, TILES
 
-FIXED = {"sum_parts": SUM, "route_count": ROUTE, "route_place": ROUTE}
-"""Kernels that are launched in one way, whatever the shapes."""
+FIXED = [
+    ("sum_parts", RANKS[-1], SUM),
+    ("route_count", 16, ROUTE),
+    ("route_place", 16, ROUTE),
+    ("topk_gates", 16, ONE),
+    *((kernel, EP, way) for kernel, ways in TILES.items() for EP, way in ways.items()),
+]
+"""Kernels without a table of their own: name, rank or experts, how it is launched."""
 
 
 def rows() -> list[Entry]:
     """Every configuration that is shipped."""
     others = [
-        Entry(kernel, arch, RANKS[-1] if kernel == "sum_parts" else 16, 2, False, way)
-        for kernel, way in FIXED.items()
+        Entry(kernel, arch, rank, 2, False, way)
+        for kernel, rank, way in FIXED
         for arch in ARCHES
     ]
     return [*entries(), *variants(), *others]

@@ -90,11 +90,11 @@ def launch(
     if device.type != "cuda":
         _first_launch(kernel, grid, tensors | settings, config)
     elif device.index == torch.cuda.current_device():
-        _launch(kernel, grid, tensors, settings, config)
+        _launch(kernel, grid, tensors, settings, config, device.index)
     else:
         # triton launches on the current device, not on that of the tensors
         with torch.cuda.device(device):
-            _launch(kernel, grid, tensors, settings, config)
+            _launch(kernel, grid, tensors, settings, config, device.index)
 
 
 _FREE = {"T", "seed", "slot", "blocks", "pairs", "p", "scale", "heat"}
@@ -112,6 +112,7 @@ def _launch(
     tensors: dict[str, Tensor | None],
     settings: dict[str, Any],
     config: Config,
+    device: int,
 ) -> None:
     """Launch what was compiled for such arguments, past triton's own look at each.
 
@@ -120,18 +121,17 @@ def _launch(
     2 GiB, sizes, and constants.
     """
     # a jitted function makes its hash anew each time, the function in it does not
-    large = settings.get("seed", 0) >> 31 > 0
-    parts = [kernel.fn, config, torch.cuda.current_device(), large]
+    parts = [kernel.fn, config, device, settings.get("seed", 0) >> 31 > 0]
     parts += [t if t is None else _pointer(t) for t in tensors.values()]
     parts += [value for name, value in settings.items() if name not in _FREE]
     key = tuple(parts)
+    given = tensors | settings
     known = _compiled.get(key)
     if known is None:
         if len(_compiled) >= _REMEMBERED:
             _compiled.clear()
-        _compiled[key] = _first_launch(kernel, grid, tensors | settings, config)
+        _compiled[key] = _first_launch(kernel, grid, given, config)
     else:
-        given = tensors | settings
         known[(*grid, 1, 1)[:3]](*[given[name] for name in kernel.arg_names])
 
 

@@ -24,18 +24,33 @@ from torch.autograd.function import once_differentiable
 from molora.kernels.configs import Config
 from molora.kernels.triton_tiles import cdiv, launch, power_of_2, unit_stride
 
-MAX_EXPERTS = 256
+MAX_EXPERTS = 128
 """Experts whose logits one program holds for a tile of tokens."""
 
 ONE = Config(BM=1, BN=512, warps=4, stages=2)
-"""How a single token is routed, with up to 16 experts."""
+"""How a single token is routed among up to 16 experts."""
 
-FORWARD, DX, DW = (
-    Config(BM=16, BN=128, warps=4, stages=2),
-    Config(BM=32, BN=64, warps=4, stages=1),
-    Config(BM=32, BN=64, warps=4, stages=2),
-)
-"""How the others are launched, whatever the shapes."""
+TILES: dict[str, dict[int, Config]] = {
+    "topk_gates": {
+        16: Config(BM=16, BN=128, warps=4, stages=2),
+        32: Config(BM=16, BN=128, warps=4, stages=2),
+        64: Config(BM=16, BN=64, warps=4, stages=2),
+        128: Config(BM=16, BN=32, warps=8, stages=2),
+    },
+    "topk_dx": {
+        16: Config(BM=32, BN=64, warps=4, stages=1),
+        32: Config(BM=32, BN=64, warps=4, stages=1),
+        64: Config(BM=16, BN=64, warps=4, stages=1),
+        128: Config(BM=16, BN=32, warps=8, stages=1),
+    },
+    "topk_dw": {
+        16: Config(BM=32, BN=64, warps=4, stages=2),
+        32: Config(BM=32, BN=64, warps=4, stages=2),
+        64: Config(BM=16, BN=64, warps=4, stages=2),
+        128: Config(BM=16, BN=32, warps=8, stages=2),
+    },
+}
+"""How each kernel is launched, by the number of experts, padded."""
 
 _PARTS = 8
 """Partial sums over the tokens of the gradient of W, at most."""
@@ -89,7 +104,7 @@ def topk_gates(  # type: ignore[no-untyped-def]
     tl.store(finite, 0, tl.sum(tl.sum(odd.to(tl.int32), 1), 0) > 0)
     left = tl.where(exists, score, float("-inf"))
     top = tl.max(left, 1)[:, None]
-    kept = expert < 0
+    kept = tl.zeros((BM, EP), dtype=tl.int1)
     for _ in range(K):
         best = tl.max(left, 1)[:, None]
         first = tl.min(tl.where(left == best, expert, EP), 1)[:, None]
@@ -235,8 +250,8 @@ def gates_of(
     gates = torch.empty_like(logits)
     if not tokens:
         return logits, gates
-    alone = tokens == 1 and experts <= 16
-    config = ONE if alone else FORWARD
+    EP = _padded(experts)
+    config = ONE if tokens == 1 and EP == 16 else TILES["topk_gates"][EP]
     launch(
         topk_gates,
         (cdiv(tokens, config.BM),),
@@ -247,7 +262,7 @@ def gates_of(
         stride=x.stride(0),
         heat=temperature,
         E=experts,
-        EP=_padded(experts),
+        EP=EP,
         K=top_k,
         RENORMALIZE=renormalize,
         BM=config.BM,
@@ -273,37 +288,40 @@ def backward(
     dx = x.new_empty(tokens, wide) if need_x else None
     given = {"logits": logits, "gates": gates, "dlogits": dlogits, "dgates": dgates}
     experts = len(weight)
+    EP = _padded(experts)
+    config = TILES["topk_dx"][EP]
     common: dict[str, Any] = {
         "T": tokens,
         "wide": wide,
         "heat": temperature,
         "E": experts,
-        "EP": _padded(experts),
+        "EP": EP,
         "RENORMALIZE": renormalize,
     }
     if dx is not None and tokens:
         launch(
             topk_dx,
-            (cdiv(wide, DX.BN), cdiv(tokens, DX.BM)),
+            (cdiv(wide, config.BN), cdiv(tokens, config.BM)),
             {"w": weight, **given, "dx": dx},
-            DX,
+            config,
             **common,
-            BM=DX.BM,
-            BN=DX.BN,
+            BM=config.BM,
+            BN=config.BN,
         )
     if not need_weight:
         return dx, None
-    parts = max(1, min(_PARTS, cdiv(tokens, 4 * DW.BM)))
+    config = TILES["topk_dw"][EP]
+    parts = max(1, min(_PARTS, cdiv(tokens, 4 * config.BM)))
     dw = x.new_empty(parts, experts, wide, dtype=torch.float32)
     launch(
         topk_dw,
-        (cdiv(wide, DW.BN), parts),
+        (cdiv(wide, config.BN), parts),
         {"x": x, **given, "dw": dw},
-        DW,
+        config,
         stride=x.stride(0),
         **common,
-        BM=DW.BM,
-        BN=DW.BN,
+        BM=config.BM,
+        BN=config.BN,
     )
     return dx, (dw[0] if parts == 1 else dw.sum(0)).to(weight.dtype)
 

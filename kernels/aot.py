@@ -172,7 +172,8 @@ def call(
             flag = torch.empty((), device="meta", dtype=torch.uint8)
             triton_topk.gates_of(x, weight, flag, 2, 1.0, True)
         else:
-            triton_topk.backward(x, weight, *pair, *pair, 1.0, True, True, True)
+            # gates that are not renormalised need more
+            triton_topk.backward(x, weight, *pair, *pair, 1.0, False, True, True)
     elif kernel.startswith("gather"):
         triton_gather.forward(x, x, *routed, 2, *mask)
     elif kernel.startswith(("grouped", "route")):

@@ -66,7 +66,7 @@ def merge(model: M, base: str | None = None, original: nn.Module | None = None) 
         bool(quantised),
         base,
         original is not None,
-        model.__dict__["_molora_state"].get("rounded", False),
+        trained_rounded(model),
     )
     if original is not None and not quantised:
         raise WrapError(
@@ -132,6 +132,12 @@ def merge_costs(model: nn.Module) -> dict[str, MergeCost]:
 def note_training(model: nn.Module, quantised: bool) -> None:
     """Note whether the adapter of a model was trained on a quantised base."""
     model.__dict__["_molora_state"]["rounded"] = quantised
+
+
+def trained_rounded(model: nn.Module) -> bool:
+    """Whether the loaded adapter of a model was trained on a quantised base."""
+    noted: bool = model.__dict__["_molora_state"].get("rounded", False)
+    return noted
 
 
 def check_choice(

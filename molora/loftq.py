@@ -311,7 +311,7 @@ def _moves(site: MoloraLinear) -> bool:
 
 
 def _layers(found: Mapping[str, MoloraLinear]) -> dict[str, nn.Module]:
-    return {path: site.base for path, site in found.items()}
+    return {path: site.given_layer for path, site in found.items()}
 
 
 def _refuse_unread(original: nn.Module | None, is_read: bool) -> None:

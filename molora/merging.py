@@ -74,8 +74,9 @@ def merge(model: M, base: str | None = None, original: nn.Module | None = None) 
             "is added to the weights that the model holds. Leave it out"
         )
     rest = _others(model, quantised) if quantised else {}
-    layers = {**quantised, **rest}
-    weights = {} if original is None else originals(original, layers, "merge")
+    # experts of LoftQ stand on weights of their own
+    given = {path: found[path].given_layer for path in quantised} | rest
+    weights = {} if original is None else originals(original, given, "merge")
     banks = adapter_parameters(model)
     frozen = [p for name, p in model.named_parameters() if name not in banks]
     done: list[MoloraLinear] = []

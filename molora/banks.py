@@ -11,6 +11,7 @@ from molora.errors import WrapError
 from molora.ffn import check_ffn, ffns
 from molora.layer import MoloraLinear
 from molora.layout import depths
+from molora.progress import long_work
 from molora.route import leaders
 from molora.routers import OBJECTIVES, ROUTERS
 from molora.sharing import Sharing, generator_of
@@ -51,28 +52,30 @@ def make_banks(
     depth = depths([name for name, _ in model.named_modules()])
     sharing = Sharing(targets, settings, seed)
     banks: dict[str, MoloraLinear] = {}
-    for path, base in targets.items():
-        # leaders come first in model order
-        leader = banks.get(leader_of.get(path, path))
-        try:
-            bank = banks[path] = MoloraLinear(
-                base,
-                settings[path],
-                path=path,
-                runtime=runtime,
-                objectives=objectives,
-                generator=generator_of(seed, path),
-                leader=leader,
-                places=sharing.places(path),
-            )
-        except WrapError as error:
-            # families know their sizes, not where they are
-            raise WrapError(f"layer {path!r}: {error}") from None
-        sharing.made(path, bank.experts)
-        if leader is not None:
-            leader.followers.append(bank)
-        if bank.router is not None:
-            bank.router.place(depth[path])
+    with long_work("Making experts", len(targets)) as step:
+        for path, base in targets.items():
+            # leaders come first in model order
+            leader = banks.get(leader_of.get(path, path))
+            try:
+                bank = banks[path] = MoloraLinear(
+                    base,
+                    settings[path],
+                    path=path,
+                    runtime=runtime,
+                    objectives=objectives,
+                    generator=generator_of(seed, path),
+                    leader=leader,
+                    places=sharing.places(path),
+                )
+            except WrapError as error:
+                # families know their sizes, not where they are
+                raise WrapError(f"layer {path!r}: {error}") from None
+            sharing.made(path, bank.experts)
+            if leader is not None:
+                leader.followers.append(bank)
+            if bank.router is not None:
+                bank.router.place(depth[path])
+            step()
     for group in ffns(banks).values():
         check_ffn(model, group)
         list(group.values())[-1].ends_ffn = True

@@ -30,7 +30,7 @@ from molora.fingerprint import (
 from molora.freezing import set_trainable
 from molora.manifest import CARD, CONFIG, TENSORS, write_json
 from molora.manifest import write_manifest as write_manifest
-from molora.merging import note_training
+from molora.merging import note_training, trained_rounded
 from molora.model import check_wrappable, sites, unwrap, wrap_begun
 from molora.model_card import is_generated, model_card
 from molora.quantized import known_weight
@@ -118,10 +118,12 @@ def write_adapter(
     config = model.molora_config
     assert isinstance(config, AdapterConfig)
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    present = fingerprint(model, {p: site.known_weight() for p, site in found.items()})
     file = AdapterFile(
         base_model_name_or_path=base,
         adapter=config.to_dict(),
-        base=fingerprint(model, {p: site.known_weight() for p, site in found.items()}),
+        base=present,
+        rounded=present.quantised or trained_rounded(model),
     )
     write_json(folder / CONFIG, file.to_dict())
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -222,7 +224,7 @@ def _wrapped(
             check_routers(base_model, saved)
         fill(base_model, saved)
         loftq.rebuild(sites(base_model), original)
-        note_training(base_model, saved.file.base.quantised)
+        note_training(base_model, saved.file.was_rounded)
         undo.pop_all()
     for site in sites(base_model).values():
         set_trainable(site, config.train, trainable)
@@ -265,7 +267,7 @@ def load_adapter_state(
     # Q is not made anew, so what it follows from stays
     saved.tensors.update(loftq.check_resumed(found, saved.tensors))
     fill(model, saved)
-    note_training(model, saved.file.base.quantised)
+    note_training(model, saved.file.was_rounded)
 
 
 def _tensors(

@@ -21,7 +21,8 @@ On a base in any other form (unquantised, 8 bits) a saved adapter is read as the
 that was learned, delta_e = s B_e A_e - C, which is added to the weights there. Merging
 onto the original weights means the same.
 
-Shape legend: I in features, O out features, r rank, F values that are stored in blocks.
+Shape legend: I in features, O out features, r rank, F values that are stored in blocks,
+M and N the smaller and the larger of I and O.
 """
 
 import importlib
@@ -37,6 +38,7 @@ from molora.experts import LoRAExperts
 from molora.experts.start import loftq_steps
 from molora.layer import MoloraLinear
 from molora.originals import originals
+from molora.progress import long_work
 from molora.quantized import dequantised, keep_unpacked, requantised
 
 _BLOCK = 64
@@ -158,8 +160,10 @@ def begin(banks: Mapping[str, MoloraLinear], original: nn.Module | None) -> None
     _refuse_unread(original, bool(found))
     if original is not None:
         weights = originals(original, _layers(found), "init_lora_weights: loftq")
-        for path, site in found.items():
-            _start(site, weights[path])
+        with long_work("LoftQ", len(found)) as step:
+            for path, site in found.items():
+                _start(site, weights[path])
+                step()
 
 
 @torch.no_grad()
@@ -286,9 +290,21 @@ def _held(site: MoloraLinear, weight: Tensor) -> nn.Module:
 
 def _best_part(rest_OI: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A [r, I] and B^T [r, O] with s B A nearest to a matrix."""
-    u_OM, s_M, vt_MI = torch.linalg.svd(rest_OI, full_matrices=False)
-    root_r1 = (s_M[:rank] / scale).sqrt().unsqueeze(1)
-    return root_r1 * vt_MI[:rank], root_r1 * u_OM[:, :rank].t()
+    wide_OI = rest_OI.double()
+    tall = wide_OI.shape[0] > wide_OI.shape[1]
+    wide_MN = wide_OI.t() if tall else wide_OI
+    # of the shorter side, in double precision: no less exact than an SVD in single
+    u_MM = torch.linalg.eigh(wide_MN @ wide_MN.t()).eigenvectors
+    u_rM = u_MM[:, -rank:].flip(1).t()
+    scaled_rN = u_rM @ wide_MN
+    s_r1 = scaled_rN.norm(dim=1, keepdim=True)
+    root_r1 = (s_r1 / scale).sqrt()
+    first = root_r1 * u_rM
+    # s v over sqrt(s * scale); what is left of nothing is nothing
+    tiny = torch.finfo(torch.float32).tiny
+    second = scaled_rN / (s_r1 * scale).sqrt().clamp(min=tiny)
+    a_rI, b_rO = (first, second) if tall else (second, first)
+    return a_rI.to(rest_OI.dtype), b_rO.to(rest_OI.dtype)
 
 
 def _without(wide_OI: Tensor, a_rI: Tensor, b_rO: Tensor) -> Tensor:
@@ -311,7 +327,7 @@ def _moves(site: MoloraLinear) -> bool:
 
 
 def _layers(found: Mapping[str, MoloraLinear]) -> dict[str, nn.Module]:
-    return {path: site.base for path, site in found.items()}
+    return {path: site.given_layer for path, site in found.items()}
 
 
 def _refuse_unread(original: nn.Module | None, is_read: bool) -> None:

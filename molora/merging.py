@@ -66,7 +66,7 @@ def merge(model: M, base: str | None = None, original: nn.Module | None = None) 
         bool(quantised),
         base,
         original is not None,
-        model.__dict__["_molora_state"].get("rounded", False),
+        trained_rounded(model),
     )
     if original is not None and not quantised:
         raise WrapError(
@@ -74,8 +74,9 @@ def merge(model: M, base: str | None = None, original: nn.Module | None = None) 
             "is added to the weights that the model holds. Leave it out"
         )
     rest = _others(model, quantised) if quantised else {}
-    layers = {**quantised, **rest}
-    weights = {} if original is None else originals(original, layers, "merge")
+    # experts of LoftQ stand on weights of their own
+    given = {path: found[path].given_layer for path in quantised} | rest
+    weights = {} if original is None else originals(original, given, "merge")
     banks = adapter_parameters(model)
     frozen = [p for name, p in model.named_parameters() if name not in banks]
     done: list[MoloraLinear] = []
@@ -132,6 +133,12 @@ def merge_costs(model: nn.Module) -> dict[str, MergeCost]:
 def note_training(model: nn.Module, quantised: bool) -> None:
     """Note whether the adapter of a model was trained on a quantised base."""
     model.__dict__["_molora_state"]["rounded"] = quantised
+
+
+def trained_rounded(model: nn.Module) -> bool:
+    """Whether the loaded adapter of a model was trained on a quantised base."""
+    noted: bool = model.__dict__["_molora_state"].get("rounded", False)
+    return noted
 
 
 def check_choice(

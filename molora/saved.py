@@ -41,7 +41,15 @@ class AdapterFile(Schema):
     adapter: dict[str, Any]
     """Fields of AdapterConfig."""
     base: Fingerprint
-    """The base that the adapter was trained on."""
+    """The base that the adapter was on when it was saved."""
+    rounded: bool | None = None
+    """Whether it was ever trained on a quantised base; None in older folders, where
+    ``base`` tells."""
+
+    @property
+    def was_rounded(self) -> bool:
+        """Whether the adapter was trained on a quantised base, there or before."""
+        return self.base.quantised if self.rounded is None else self.rounded
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Quantised bases from loading to merging: files, both trainers, generation."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from molora.base_models import load_base
 from molora.checkpoint import load_adapter_state
 from molora.errors import CheckpointError, ConfigError, WrapError
 from molora.fingerprint import differences, fingerprint
+from molora.manifest import write_json, write_manifest
 from molora.model import adapter_parameters, is_wrapped, sites
 from molora.quantized import bits_of, dequantised
 from molora.run_config import ModelSettings, load_run_config
+from molora.saved import read_adapter
 from molora.training import MoloraTrainer
 from tests.bits import MIXTURE, SINGLE, quantise, wrapped
 
@@ -203,6 +206,39 @@ def test_merging_onto_the_original_is_loading_onto_it(
     with pytest.raises(WrapError, match=r"trained on a quantised.*'original'"):
         molora.merge(resumed)
     torch.testing.assert_close(logits(model), logits(there), rtol=1e-5, atol=1e-6)
+
+
+def test_the_note_of_a_quantised_base_outlives_other_bases(
+    folder: str, tmp_path: Path
+) -> None:
+    def file_of(name: str) -> Any:
+        return json.loads((tmp_path / name / "adapter_config.json").read_text())
+
+    model = wrapped(load_base(folder, quantization="nf4")[0])
+    model.save_pretrained(tmp_path / "held")
+    there: Any = molora.load(load_base(folder)[0], tmp_path / "held", trainable=True)
+    there.save_pretrained(tmp_path / "plain")
+    resumed = wrapped(load_base(folder)[0])
+    load_adapter_state(resumed, tmp_path / "plain")
+    resumed.save_pretrained(tmp_path / "resumed")
+    again: Any = molora.load(load_base(folder)[0], tmp_path / "resumed")
+    for name, noted in (("held", there), ("plain", resumed), ("resumed", again)):
+        assert file_of(name)["rounded"] is True
+        with pytest.raises(WrapError, match=r"trained on a quantised.*'original'"):
+            molora.merge(noted)
+    molora.merge(again, "original")
+    # what never was on one is merged without a word
+    own = wrapped(load_base(folder)[0])
+    own.save_pretrained(tmp_path / "own")
+    assert file_of("own")["rounded"] is False
+    molora.merge(molora.load(load_base(folder)[0], tmp_path / "own"))
+    # in folders without the field the base tells
+    for name, told in (("held", True), ("own", False)):
+        raw = file_of(name)
+        del raw["rounded"]
+        write_json(tmp_path / name / "adapter_config.json", raw)
+        write_manifest(tmp_path / name)
+        assert read_adapter(tmp_path / name).file.was_rounded is told
 
 
 def test_an_original_that_is_none_is_refused(folder: str, tiny_llama: Factory) -> None:

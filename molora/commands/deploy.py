@@ -135,6 +135,8 @@ def export(
     written = molora.export_peft(model, output, rank)
     session.note(f"Read {adapter}")
     session.note(f"Wrote {output} ({written.peft_type})")
+    for told in written.notes:
+        session.note(told)
     if rank is None:
         return
     worst = sorted(written.errors.items(), key=lambda one: -one[1])[:WORST]

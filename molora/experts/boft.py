@@ -14,8 +14,8 @@ PEFT adds a trained scale s per output, which leaves the bias alone:
 With ``side: output`` it is s_e * (R_e W x) - W x.
 
 Reference: Liu et al. 2023, arXiv:2311.06243, without s; PEFT's conventions. One expert
-with gate 1 is BOFT with the merged weight s * (W R^T). PEFT takes m = 1 without saying
-so where its CUDA extension is not built; here every m runs everywhere.
+with gate 1 is BOFT with the merged weight s * (W R^T). PEFT warns and takes m = 1
+where its CUDA extension is not built; here every m runs everywhere.
 
 Shape legend: see base.py; n features that are rotated (I or O)   m factors   k blocks
 b block size   c half a block   G = 2^i   N = n / (b G).
@@ -187,7 +187,15 @@ class BOFTExperts(AbstractExperts):
             "boft_block_num": number,
             "boft_n_butterfly_factor": V.shape[0],
         }
-        return PeftForm("BOFT", settings, {"boft_R": V, "boft_s": scale.reshape(-1, 1)})
+        tensors = {"boft_R": V, "boft_s": scale.reshape(-1, 1)}
+        note = None
+        if len(V) > 1:
+            note = (
+                f"PEFT reads boft_n_butterfly_factor={len(V)} only where its CUDA "
+                "extension (fbd) is built; elsewhere it warns, takes one factor, "
+                "and loading fails with a size mismatch of boft_R"
+            )
+        return PeftForm("BOFT", settings, tensors, note=note)
 
     @classmethod
     def from_peft(

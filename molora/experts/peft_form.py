@@ -16,3 +16,5 @@ class PeftForm(NamedTuple):
     """By what follows the module path, such as ``lora_A.weight``."""
     model_tensors: dict[str, Tensor] = {}
     """Those outside the layers, such as ``vera_A``."""
+    note: str | None = None
+    """What PEFT needs to read the layer, beyond itself."""

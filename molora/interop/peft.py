@@ -40,6 +40,8 @@ class PeftExport(NamedTuple):
     errors: dict[str, float]
     """By layer: ||written - update|| / ||update|| in the Frobenius norm, before
     rounding to float32. Zero where the layer is written as it is."""
+    notes: tuple[str, ...] = ()
+    """What PEFT needs to read the folder, beyond itself."""
 
     @property
     def worst(self) -> float:
@@ -68,7 +70,8 @@ def export_peft(
         rank: Rank of a LoRA, for any linear family; None keeps the method.
 
     Returns:
-        The method and the relative error of each layer.
+        The method, the relative error of each layer, and notes on what PEFT needs,
+        such as its CUDA extension for BOFT of several factors.
 
     Raises:
         CheckpointError: The folder cannot be written, or holds other things under the
@@ -85,9 +88,9 @@ def export_peft(
         raise WrapError(f"export_peft: rank is {rank!r}; give a whole number above 0")
     if rank is None and all(has_own_form(site.experts) for site in found.values()):
         with atomic_folder(folder) as temp:
-            kind = write_forms(model, found, 0, temp)
+            kind, notes = write_forms(model, found, 0, temp)
             write_manifest(temp)
-        return PeftExport(kind, dict.fromkeys(found, 0.0))
+        return PeftExport(kind, dict.fromkeys(found, 0.0), notes)
     if rank is None:
         _check_factors(found)
     return _export_lora(model, found, folder, rank)

@@ -46,7 +46,7 @@ def has_own_form(experts: AbstractExperts) -> bool:
 
 def write_forms(
     model: nn.Module, found: dict[str, MoloraLinear], expert: int, folder: Path
-) -> str:
+) -> tuple[str, tuple[str, ...]]:
     """Write one expert of every layer into an existing folder.
 
     Args:
@@ -56,7 +56,7 @@ def write_forms(
         folder: Where config and tensors go.
 
     Returns:
-        PEFT's name of the method.
+        PEFT's name of the method, and notes on what it needs to read them.
 
     Raises:
         WrapError: Different methods, settings that differ where PEFT has one for all
@@ -82,7 +82,8 @@ def write_forms(
     stored = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     save_file(stored, folder / TENSORS, metadata={"format": "pt"})
     write_json(folder / CONFIG, {**common_fields(model, found, kind), **settings})
-    return kind
+    notes = dict.fromkeys(form.note for form in forms.values() if form.note is not None)
+    return kind, tuple(notes)
 
 
 def common_fields(

@@ -8,12 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 
 import molora
+from molora.commands import deploy, session
 from molora.experts import EXPERTS, LoRAExperts
 from molora.model import adapter_parameters, sites
 from tests.peft_families import (
@@ -209,3 +211,27 @@ def test_a_start_from_the_base_goes_with_the_export(
     assert (got - want).abs().max() < 1e-5
     again = molora.import_peft(tiny_llama(), [tmp_path / "out"])
     assert (logits(again) - want).abs().max() < 1e-5
+
+
+def test_several_boft_factors_say_what_peft_needs(
+    tiny_llama: Factory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def export(m: int) -> str:
+        experts = {"kind": "boft", "boft_n_butterfly_factor": m}
+        ours = wrapped(tiny_llama(), "boft", experts=experts)
+        monkeypatch.setattr(session, "trained", lambda *_: (ours, None))
+        deploy.export(None, tmp_path / "own", tmp_path / str(m))  # type: ignore
+        notes = molora.export_peft(ours, tmp_path / str(m)).notes
+        told = capsys.readouterr().err
+        assert all(note in told for note in notes) and len(notes) == m - 1
+        return told
+
+    assert "CUDA" not in export(1)
+    assert "boft_n_butterfly_factor=2 only where its CUDA" in export(2)
+    # where it is not built
+    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: None)
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*boft_R"):
+        in_peft(tiny_llama, tmp_path / "2")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from molora.errors import CheckpointError, WrapError
 from molora.experts import EXPERTS
+from molora.hosts import find_host, sizes
 from molora.interop.peft_folder import check_alone, check_start, read_tensors, value_at
 from molora.interop.peft_forms import PATTERNS, listed
 from molora.interop.peft_targets import check_layers
-from molora.layer import SUPPORTED, sizes
 from molora.manifest import CONFIG, read_json
 
 
@@ -137,12 +137,13 @@ def _by_path(
             continue
         for end in range(len(parts) - 1, 2, -1):
             path = ".".join(parts[2:end])
-            if isinstance(modules.get(path), SUPPORTED):
+            if find_host(modules.get(path)) is not None:
                 layers.setdefault(path, {})[".".join(parts[end:])] = values
                 break
         else:
             raise CheckpointError(
-                f"{folder}: holds {key!r}, but the model has no linear layer there"
+                f"{folder}: holds {key!r}, but the model has no layer there that "
+                "can hold experts"
             )
     if not layers:
         raise CheckpointError(f"{folder}: holds no tensors of a layer")

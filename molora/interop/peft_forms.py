@@ -71,6 +71,7 @@ def write_forms(
                     f"site {path!r} is a Conv1D, on which PEFT does not put {kind}; "
                     "give export_peft a rank (--rank) for a LoRA that comes near it"
                 )
+    _check_hosts(kind, found)
     tensors = {
         f"base_model.model.{path}.{name}": values
         for path, form in forms.items()
@@ -83,6 +84,17 @@ def write_forms(
     save_file(stored, folder / TENSORS, metadata={"format": "pt"})
     write_json(folder / CONFIG, {**common_fields(model, found, kind), **settings})
     return kind
+
+
+def _check_hosts(kind: str, found: Mapping[str, MoloraLinear]) -> None:
+    """Refuse methods that PEFT has not, or in another form, on a type of layer."""
+    for path, site in found.items():
+        if site.host.PEFT is not None and kind not in site.host.PEFT:
+            raise WrapError(
+                f"site {path!r} is a {type(site.base).__name__}, on which PEFT does "
+                f"not put these {kind} experts; give export_peft a rank (--rank) for "
+                "a LoRA that comes near them"
+            )
 
 
 def common_fields(

@@ -80,6 +80,7 @@ class MoloraLinear(MergeableLinear):
             out_features=self.out_features,
             generator=generator,
             **({"places": places} if places else {}),
+            **({"kernel": self.host.kernel(base)} if experts.reads_kernel else {}),
         )
         self.host.begin(self.experts, generator)
         self.experts.frozen_weight = self._weight_OI

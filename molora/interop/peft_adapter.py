@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from molora.errors import CheckpointError, WrapError
 from molora.experts import EXPERTS
-from molora.hosts import find_host, sizes
+from molora.hosts import find_host, host_of, sizes
 from molora.interop.peft_folder import check_alone, check_start, read_tensors, value_at
 from molora.interop.peft_forms import PATTERNS, listed
 from molora.interop.peft_targets import check_layers
@@ -93,9 +93,12 @@ def read_adapter(folder: str | Path, family: str, model: nn.Module) -> PeftAdapt
     blocks, states = {}, {}
     for path, tensors in layers.items():
         settings = _settings(config, str(cls.peft_type), path, folder)
+        window: dict[str, Any] = {}
+        if cls.reads_kernel:
+            window = {"kernel": host_of(modules[path]).kernel(modules[path])}
         try:
             blocks[path], states[path] = cls.from_peft(
-                settings, {**outside, **tensors}, *sizes(modules[path])
+                settings, {**outside, **tensors}, *sizes(modules[path]), **window
             )
         except WrapError as error:
             raise CheckpointError(f"{folder}: {path}: {error}") from None

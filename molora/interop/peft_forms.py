@@ -176,7 +176,8 @@ def _settings(
     """One config of the settings of all layers."""
     fields: dict[str, Any] = {}
     for name in dict.fromkeys(n for settings in layers.values() for n in settings):
-        values = {path: settings.get(name) for path, settings in layers.items()}
+        # a layer without the setting does not read it
+        values = {path: own[name] for path, own in layers.items() if name in own}
         distinct = list(dict.fromkeys(map(repr, values.values())))
         if name == "feedforward_modules":
             fields[name] = names_of(model, [path for path, on in values.items() if on])

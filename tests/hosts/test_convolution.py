@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,6 +77,33 @@ CASES: dict[str, tuple[str, dict[str, Any], Names]] = {
             "w2_b": ("w2b", False),
         },
     ),
+    "loha_conv2d_tucker": (
+        "loha",
+        {"r": 3, "alpha": 6.0, "use_effective_conv2d": True},
+        {
+            "w1_a": ("w1a", False),
+            "w1_b": ("w1b", False),
+            "w2_a": ("w2a", False),
+            "w2_b": ("w2b", False),
+            "t1": ("t1", False),
+            "t2": ("t2", False),
+        },
+    ),
+    "lokr_conv2d_flat": (
+        "lokr",
+        {"r": 1, "alpha": 6.0},
+        {"w1": ("w1", False), "w2_a": ("w2a", False), "w2_b": ("w2b", False)},
+    ),
+    "lokr_conv2d_tucker": (
+        "lokr",
+        {"r": 1, "alpha": 6.0, "use_effective_conv2d": True},
+        {
+            "w1": ("w1", False),
+            "w2_a": ("w2a", False),
+            "w2_b": ("w2b", False),
+            "t2": ("t2", False),
+        },
+    ),
 }
 
 
@@ -87,6 +114,7 @@ def test_pefts_numbers(case: str, dtype: torch.dtype) -> None:
     kind, settings, names = CASES[case]
     model, site = wrapped(conv_of(t, hyper), kind=kind, **settings)
     model.to(dtype)
+    assert {name for name, _ in site.experts.named_parameters()} == set(names)
 
     def ours(values: Tensor, like: Tensor, turned: bool) -> Tensor:
         return (values.flatten(1).t() if turned else values).reshape(like.shape)
@@ -186,14 +214,16 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def linear_kinds() -> list[str]:
-    return [n for n in EXPERTS.names() if EXPERTS[n].linear]
+    found = [n for n in EXPERTS.names() if EXPERTS[n].linear]
+    return [*found, "loha core", "lokr core"]
 
 
 @pytest.mark.parametrize("kind", linear_kinds())
 def test_every_family_is_its_update(kind: str) -> None:
     """The change of the weight, and of the bias, is what the layer computes."""
     torch.manual_seed(0)
-    settings = SMALL.get(kind, {})
+    kind, core = kind.split()[0], kind.endswith(" core")
+    settings = {"r": 1, "use_effective_conv2d": True} if core else SMALL.get(kind, {})
     if kind in ("dora", "sum"):
         settings = SMALL.get(kind, {"inner": {"kind": "lora", "r": 2}})
     model, site = wrapped(nn.Conv2d(4, 6, 3, 2, 1), kind=kind, **settings)
@@ -284,6 +314,10 @@ def test_calibration_is_for_linear_layers() -> None:
 THEIRS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lora": (LoraConfig, {"r": 3, "lora_alpha": 6}),
     "loha": (LoHaConfig, {"r": 3, "alpha": 6}),
+    "loha core": (LoHaConfig, {"r": 3, "alpha": 6, "use_effective_conv2d": True}),
+    "lokr": (LoKrConfig, {"r": 1, "alpha": 6}),
+    "lokr core": (LoKrConfig, {"r": 1, "alpha": 6, "use_effective_conv2d": True}),
+    "lokr whole": (LoKrConfig, {"r": 8, "alpha": 6}),
 }
 
 
@@ -297,6 +331,17 @@ def test_peft_reads_and_writes_the_same(kind: str, layer: str, tmp_path: Path) -
         with pytest.raises(WrapError, match=r"not read its dilation \(1, 2\)"):
             molora.export_peft(model, tmp_path)
         make, shape = (lambda: nn.Conv2d(3, 4, (2, 3), (2, 1), (1, 2))), (2, 3, 7, 9)
+    if (kind, layer) == ("lokr whole", "1d"):
+        model, _ = wrapped(make(), kind="lokr", r=8)
+        with pytest.raises(WrapError, match="PEFT 0.21 computes another product"):
+            molora.export_peft(model, tmp_path)
+        other = {"init_weights": False, "target_modules": ["lin"]}
+        get_peft_model(Image(make()), LoKrConfig(r=8, **other)).save_pretrained(  # type: ignore[arg-type]
+            str(tmp_path)
+        )
+        with pytest.raises(CheckpointError, match="PEFT 0.21 computes another"):
+            molora.import_peft(Image(make()), [tmp_path])
+        return
 
     def base() -> Any:
         torch.manual_seed(0)
@@ -335,3 +380,29 @@ def test_methods_that_peft_has_not_on_convolutions_are_refused(tmp_path: Path) -
     plain = molora.unwrap(model)
     again: Any = PeftModel.from_pretrained(plain, tmp_path).eval()
     assert torch.allclose(again(x).detach(), want, atol=1e-5)
+
+
+def test_a_core_needs_a_window() -> None:
+    raw = {"kind": "lokr", "r": 1, "use_effective_conv2d": True}
+    config = {"target_modules": ["lin"], "experts": raw}
+    with pytest.raises(WrapError, match="'lin': .*use_effective_conv2d: is for conv"):
+        molora.wrap(Image(nn.Linear(6, 4)), molora.AdapterConfig.from_dict(config))
+    # as in PEFT a window of one position has no core
+    _, site = wrapped(nn.Conv2d(6, 8, 1), **raw)
+    assert not hasattr(site.experts, "t2")
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+@pytest.mark.parametrize("init", [True, "lycoris"])
+def test_cores_start_at_the_base(kind: str, init: Any) -> None:
+    settings = {"kind": kind, "r": 2, "use_effective_conv2d": True}
+    _, site = wrapped(nn.Conv2d(30, 40, 3), **settings, init_weights=init)
+    assert not site.delta_weight().any()
+    zero = [n for n, p in site.experts.named_parameters() if not p.any()]
+    first = {"loha": "w2_b", "lokr": "w1"}[kind]
+    last = {"loha": "w2_a", "lokr": "w2_b"}[kind]
+    assert zero == [first if init is True else last]
+    if init is True:
+        # fan in is r k k, as of a convolution
+        bound = (2 * 9) ** -0.5
+        assert 0.7 * bound < site.experts.t2.abs().max() <= bound

@@ -42,6 +42,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     _check_overrides(config, paths)
     targets = {path: modules[path] for path in paths}
     _check_types(targets)
+    _check_aliases(targets, modules)
     return targets
 
 
@@ -111,6 +112,20 @@ def _check_overrides(config: AdapterConfig, paths: list[str]) -> None:
             )
         for path in matched:
             taken.setdefault(path, i)
+
+
+def _check_aliases(
+    targets: dict[str, nn.Module], modules: dict[str, nn.Module]
+) -> None:
+    """Refuse an embedding or a convolution that stays as it is at another path."""
+    paths = {id(module): path for path, module in targets.items()}
+    for path, module in modules.items():
+        target, host = paths.get(id(module), path), find_host(module)
+        if target != path and host is not None and not host.by_token:
+            raise WrapError(
+                f"target {target!r} is the same module as {path!r}, where it would "
+                "be called without experts; exclude it"
+            )
 
 
 def _check_types(targets: dict[str, nn.Module]) -> None:

@@ -37,7 +37,7 @@ class Host(abc.ABC):
     SHOWN: ClassVar[tuple[str, ...]] = ()
     """Attributes of the layer that models read beside its weight."""
     PEFT: ClassVar[frozenset[str] | None] = None
-    """Methods that PEFT puts on such a layer in the same form; None: all."""
+    """Methods beside plain LoRA that PEFT has in the same form there; None: all."""
     LORA: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """What PEFT calls the factors of a LoRA."""
 

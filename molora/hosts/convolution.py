@@ -47,7 +47,7 @@ class ConvHost(Host):
         "groups",
         "padding_mode",
     )
-    PEFT = frozenset({"LORA", "LOHA", "LOKR"})
+    PEFT = frozenset({"LOHA", "LOKR"})
 
     def sizes(self, layer: Any) -> tuple[int, int]:
         """See base class; I is C k k."""

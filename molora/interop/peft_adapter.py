@@ -92,6 +92,12 @@ def read_adapter(folder: str | Path, family: str, model: nn.Module) -> PeftAdapt
     check_layers(folder, config, model, layers)
     blocks, states = {}, {}
     for path, tensors in layers.items():
+        taken = host_of(modules[path]).PEFT
+        if taken is not None and cls.peft_type not in taken:
+            raise CheckpointError(
+                f"{folder}: {path} is a {type(modules[path]).__name__}, on which "
+                f"{family} experts are not what PEFT's are; leave it out there"
+            )
         settings = _settings(config, str(cls.peft_type), path, folder)
         window: dict[str, Any] = {}
         if cls.reads_kernel:

@@ -92,8 +92,8 @@ def _check_hosts(kind: str, found: Mapping[str, MoloraLinear]) -> None:
         if site.host.PEFT is not None and kind not in site.host.PEFT:
             raise WrapError(
                 f"site {path!r} is a {type(site.base).__name__}, on which PEFT does "
-                f"not put these {kind} experts; give export_peft a rank (--rank) for "
-                "a LoRA that comes near them"
+                f"not have {type(site.experts).__name__}; give export_peft a rank "
+                "(--rank) for a LoRA that comes near them"
             )
 
 

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    get_peft_model,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -371,7 +378,7 @@ def test_peft_reads_and_writes_the_same(kind: str, layer: str, tmp_path: Path) -
 def test_methods_that_peft_has_not_on_convolutions_are_refused(tmp_path: Path) -> None:
     model, _ = wrapped(nn.Conv2d(3, 4, 2), kind="adalora", init_r=2)
     fill(model)
-    with pytest.raises(WrapError, match="is a Conv2d, on which PEFT does not put"):
+    with pytest.raises(WrapError, match="is a Conv2d, on which PEFT does not have"):
         molora.export_peft(model, tmp_path)
     x = torch.randn(1, 3, 4, 4)
     torch.manual_seed(0)
@@ -406,3 +413,41 @@ def test_cores_start_at_the_base(kind: str, init: Any) -> None:
         # fan in is r k k, as of a convolution
         bound = (2 * 9) ** -0.5
         assert 0.7 * bound < site.experts.t2.abs().max() <= bound
+
+
+def test_peft_adapters_of_other_forms_are_refused(tmp_path: Path) -> None:
+    settings: Any = {"target_modules": ["lin"]}
+    for config in (
+        LoraConfig(r=2, use_dora=True, **settings),
+        OFTConfig(r=0, oft_block_size=3, **settings),
+    ):
+        theirs: Any = get_peft_model(Image(nn.Conv2d(3, 4, 3)), config)  # type: ignore[arg-type]
+        theirs.save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match="lin is a Conv2d, on which"):
+            molora.import_peft(Image(nn.Conv2d(3, 4, 3)), [tmp_path])
+    model, _ = wrapped(nn.Conv2d(3, 4, 3), kind="dora")
+    with pytest.raises(WrapError, match="PEFT does not have DoRAExperts"):
+        molora.export_peft(model, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("E", [1, 4])
+def test_half_precision(E: int) -> None:
+    def make() -> tuple[Any, Tensor]:
+        torch.manual_seed(0)
+        router = {"kind": "soft"} if E > 1 else None
+        model, _ = wrapped(nn.Conv2d(3, 4, 3, padding=1), router, num_experts=E, r=2)
+        fill(model)
+        return model, torch.randn(2, 3, 6, 5)
+
+    model, x = make()
+    want = model.double()(x.double()).detach()
+    model, _ = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(x)
+    # experts stay in float32
+    sites(model)["lin"].base.to(torch.bfloat16)
+    half = model(x.to(torch.bfloat16))
+    for y in (mixed, half):
+        assert y.dtype == torch.bfloat16
+        assert (y.detach().double() - want).abs().max() < 0.05 * want.abs().max()
+        y.float().sum().backward()

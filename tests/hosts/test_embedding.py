@@ -325,6 +325,48 @@ def test_a_llama_learns_is_saved_and_generates(
     assert torch.equal(cached, again.generate(**prompt, use_cache=False))
 
 
+def test_what_is_saved_while_merged_fits_the_base(
+    tiny_llama: Factory, tmp_path: Path
+) -> None:
+    raw = {"target_modules": ["embed_tokens"], "experts": {"kind": "lora", "r": 2}}
+    model: Any = molora.wrap(tiny_llama(), molora.AdapterConfig.from_dict(raw))
+    fill(model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    want = model(input_ids=ids).logits
+    molora.merge(model)
+    model.save_pretrained(tmp_path)
+    again: Any = molora.load(tiny_llama(), tmp_path)
+    assert torch.equal(again(input_ids=ids).logits, want)
+    other: Any = tiny_llama(seed=1)
+    with pytest.raises(CheckpointError, match="other weights"):
+        molora.load(other, tmp_path)
+
+
+def test_one_routing_for_all_layers(tiny_llama: Factory) -> None:
+    raw = CONFIG | {"router": {"kind": "topk", "scope": "model"}}
+    model: Any = molora.wrap(tiny_llama(), molora.AdapterConfig.from_dict(raw))
+    fill(model)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 4, 2, 1]])
+    with molora.record_routing(model) as trace:
+        loss = model.train()(input_ids=ids, labels=ids).loss
+    loss.backward()
+    first, *others = trace.sites.values()
+    assert len(others) == 2
+    assert all(torch.equal(first.gates[0], other.gates[0]) for other in others)
+    site: Any = sites(model)["model.embed_tokens"]
+    assert site.router.gate.weight.shape == (3, 32)
+    assert site.router.gate.weight.grad.any()
+    assert others and sites(model)["model.layers.0.self_attn.q_proj"].router is None
+
+
+def test_a_table_at_two_places_is_refused() -> None:
+    model = Words(nn.Embedding(9, 6))
+    model.twin = model.emb
+    raw = {"target_modules": ["emb"], "experts": {"kind": "lora", "r": 2}}
+    with pytest.raises(WrapError, match="'emb' is the same module as 'twin'"):
+        molora.wrap(model, molora.AdapterConfig.from_dict(raw))
+
+
 def test_all_linear_matches_no_embedding(tiny_llama: Factory) -> None:
     raw = CONFIG | {"target_modules": "all-linear"}
     model = molora.wrap(tiny_llama(), molora.AdapterConfig.from_dict(raw))

@@ -68,6 +68,8 @@ class MoloraLinear(MergeableLinear):
     ):
         super().__init__(base)
         self.in_features, self.out_features = self.host.sizes(base)
+        for name in self.host.SHOWN:
+            setattr(self, name, getattr(base, name))
         self.path = path
         self.runtime = runtime
         self.objectives = list(objectives)
@@ -130,13 +132,6 @@ class MoloraLinear(MergeableLinear):
         router = self.router if self.leader is None else self.leader.router
         assert router is not None
         return router
-
-    def __getattr__(self, name: str) -> Any:
-        """Show what models read of a layer beside its weight, such as a stride."""
-        host = self.__dict__.get("host")
-        if host is not None and name in host.SHOWN:
-            return getattr(self.base, name)
-        return super().__getattr__(name)
 
     def _apply(self, *args: Any, **settings: Any) -> Self:
         """Move or cast, once nothing is kept that refers to the tensors."""

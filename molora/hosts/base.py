@@ -35,7 +35,7 @@ class Host(abc.ABC):
     READS: ClassVar[str] = "rows"
     """What the layer reads, for messages."""
     SHOWN: ClassVar[tuple[str, ...]] = ()
-    """Attributes of the layer that models read beside its weight."""
+    """Attributes of the layer that models read beside its weight; plain values."""
     PEFT: ClassVar[frozenset[str] | None] = None
     """Methods beside plain LoRA that PEFT has in the same form there; None: all."""
     LORA: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")

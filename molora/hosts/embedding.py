@@ -41,7 +41,7 @@ class EmbeddingHost(Host):
 
     LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
     READS = "ids"
-    SHOWN = ("num_embeddings", "embedding_dim", "padding_idx", "embed_scale")
+    SHOWN = ("num_embeddings", "embedding_dim", "padding_idx")
     PEFT: ClassVar[frozenset[str] | None] = frozenset()
     LORA = ("lora_embedding_A", "lora_embedding_B")
 

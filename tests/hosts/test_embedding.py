@@ -17,6 +17,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import molora
 from molora.errors import CheckpointError, ConfigError, RoutingError, WrapError
+from molora.fingerprint import fingerprint
 from molora.model import adapter_parameters, sites
 from tests.bilinear import FAMILIES, numbers
 from tests.oracle import DTYPES, near
@@ -143,6 +144,16 @@ def test_every_bilinear_family_is_its_update(kind: str) -> None:
     assert (y.view(12, 6) - site.base.weight).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_other_starts_leave_a_mixture_at_the_base(init: str) -> None:
+    router = {"kind": "topk", "renormalize": False}
+    emb = nn.Embedding(12, 6)
+    model, site = wrapped(emb, router, num_experts=4, r=2, init_lora_weights=init)
+    ids = torch.arange(12).view(3, 4)
+    assert site.experts.A.any() and site.experts.Bt.any()
+    assert torch.allclose(model(ids).detach(), emb.weight[ids], atol=1e-5)
+
+
 def test_the_start_is_pefts() -> None:
     _, site = wrapped(nn.Embedding(50, 40), r=8, num_experts=3, router={"kind": "soft"})
     assert not site.experts.A.any()
@@ -197,12 +208,18 @@ def test_scaled_embeddings(kind: str, dtype: torch.dtype) -> None:
     model, site = wrapped(made.to(dtype), r=2)
     fill(model)
     ids = torch.arange(9).unsqueeze(0)
-    y = model(ids).detach()
+    y, before = model(ids).detach(), site.base.weight.clone()
     factor = 8.0 if kind == "bart" else float(made.embed_scale.to(dtype))
     want = (site.base.weight + site.delta_weight().t()).detach().double() * factor
     want = want.unsqueeze(0)
     assert y.dtype == dtype
     assert (y.double() - want).abs().max() < torch.finfo(dtype).eps * want.abs().max()
+    # the factor is rounded as it is there, which single entries hide
+    site.base.weight.data.zero_()
+    lookup = site.delta_weight().t().double() * factor
+    ratio = model(ids).detach().double().abs().sum() / lookup.abs().sum()
+    assert abs(ratio.item() - 1) < 5e-4
+    site.base.weight.data.copy_(before)
     molora.merge(model)
     merged = model(ids).detach().double()
     assert (merged - want).abs().max() < 2 * torch.finfo(dtype).eps * want.abs().max()
@@ -333,7 +350,9 @@ def test_what_is_saved_while_merged_fits_the_base(
     fill(model)
     ids = torch.tensor([[5, 6, 7, 8]])
     want = model(input_ids=ids).logits
+    table = fingerprint(model, {}).embedding
     molora.merge(model)
+    assert fingerprint(model, {}).embedding == table
     model.save_pretrained(tmp_path)
     again: Any = molora.load(tiny_llama(), tmp_path)
     assert torch.equal(again(input_ids=ids).logits, want)

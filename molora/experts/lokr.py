@@ -86,7 +86,7 @@ class LoKrExperts(AbstractExperts):
         self.scale = config.alpha / (config.r or 1)
         self.kernel, area = kernel, math.prod(kernel)
         self.core = core_size(config.use_effective_conv2d, kernel)
-        self.sizes, self.names = config.parts(in_features, out_features, area)
+        self.sizes, self.names = config.pieces(in_features, out_features, area)
         zero = self.names[-1][-1] if config.init_weights == "lycoris" else "w1"
         r = config.r or 0
         for k, ((o, i), names) in enumerate(zip(self.sizes, self.names, strict=True)):
@@ -181,7 +181,7 @@ class LoKrExperts(AbstractExperts):
         }
         again = type(self).Config(**settings, sort_factors=False)
         outs, ins = zip(*self.sizes, strict=True)
-        if again.parts(math.prod(ins), math.prod(outs), area)[0] != self.sizes:
+        if again.pieces(math.prod(ins), math.prod(outs), area)[0] != self.sizes:
             raise WrapError(
                 f"experts.sort_factors: PEFT would split the layer into other factors "
                 f"than {self.sizes}; train with sort_factors: false to export"
@@ -219,7 +219,7 @@ class LoKrExperts(AbstractExperts):
             "decompose_factor": int(settings["decompose_factor"]),
         }
         config = cls.Config.from_dict(block)
-        found = config.parts(in_features, out_features, math.prod(kernel))[1]
+        found = config.pieces(in_features, out_features, math.prod(kernel))[1]
         names = [name for names in found for name in names]
         if kernel and "lokr_t2" in tensors:
             block["use_effective_conv2d"] = True

@@ -57,7 +57,7 @@ class LoKrConfig(ExpertsConfig):
         outs, ins = (self._split(d) for d in (out_features, in_features))
         return list(zip(outs, ins, strict=True))
 
-    def parts(
+    def pieces(
         self, in_features: int, out_features: int, area: int
     ) -> tuple[Sizes, list[tuple[str, ...]]]:
         """Sizes and parameters of all factors; the last one holds the window."""

@@ -36,7 +36,9 @@ class EmbeddingHost(Host):
 
     Limitations: families that are a product of two factors only; no ``lora_dropout``,
     which PEFT leaves out silently; no ``max_norm``, which changes the frozen table in
-    every forward. The gradient of A is dense, [r, V] for each expert.
+    every forward. The gradient of A is dense, [r, V] for each expert. Each table is a
+    target of its own: T5 and BART never call ``shared``, name ``encoder.embed_tokens``
+    and ``decoder.embed_tokens`` there.
     """
 
     LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)

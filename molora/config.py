@@ -64,7 +64,7 @@ class AdapterConfig(Schema):
 
     target_modules: list[str] | str
     """Module path suffixes, or one regular expression for whole paths, or
-    all-linear."""
+    all-linear. Embeddings and convolutions are targets by name only."""
     exclude_modules: list[str] | str = []
     """What to leave out: suffixes, or one regular expression."""
     experts: pydantic.SerializeAsAny[ExpertsConfig]

@@ -146,7 +146,7 @@ def _plan(site: "MoloraLinear") -> Plan:
     """Look at a layer's experts and router."""
     experts, router = site.experts, site._modules.get("router")
     other = Plan(experts, router, None, None)
-    if not isinstance(experts, FactorExperts):
+    if not (isinstance(experts, FactorExperts) and site.host.by_token):
         return other
     scale = experts.plain_scale()
     if scale is None:

@@ -151,6 +151,11 @@ def check_ffn(model: nn.Module, group: Mapping[str, "MoloraLinear"]) -> None:
             "there in an override"
         )
     for site_path, site in group.items():
+        if not site.host.by_token:
+            raise WrapError(
+                f"{told}: {site_path!r} is no linear layer; give it one expert, or "
+                "router.mix: layer, in an override"
+            )
         if not site.experts.takes_layer:
             raise WrapError(
                 f"{told}: the experts of {site_path!r} act on the layer's input; use "

@@ -150,7 +150,9 @@ def _embedding(model: nn.Module) -> Tensor | None:
         layer = getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:
         return None
-    weight = getattr(layer, "weight", None)
+    # with experts on it, as it was before any merge
+    known = getattr(layer, "known_weight", None)
+    weight = getattr(layer, "weight", None) if known is None else known()
     return weight if isinstance(weight, Tensor) else None
 
 

@@ -6,13 +6,11 @@ Shape legend
     T tokens   E experts   I in features   O out features
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from molora import shared_shrink
 from molora.config import SiteConfig
@@ -21,7 +19,6 @@ from molora.decode import Plan, short_way
 from molora.errors import RoutingError
 from molora.experts import EXPERTS, AbstractExperts, Place
 from molora.ffn import enter, leave, slots_of
-from molora.kernels import Layer, call_frozen
 from molora.mergeable import MergeableLinear
 from molora.quantized import is_nf4
 from molora.records import SiteStats
@@ -31,25 +28,12 @@ from molora.routers.balance import Objective, Steering, attach
 from molora.routers.base import AbstractRouter
 from molora.routers.capacity import limited
 
-SUPPORTED = (nn.Linear, Conv1D)
-"""Layer types that can host a bank; the quantised ones of bitsandbytes are nn.Linear
-too."""
-
-
-def sizes(base: nn.Module) -> tuple[int, int]:
-    """In and out features of a supported layer."""
-    if isinstance(base, nn.Linear):
-        return base.in_features, base.out_features
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0], weight.shape[1]
-
 
 class MoloraLinear(MergeableLinear):
     """One target layer with its bank.
 
     Args:
-        base: The frozen layer, an nn.Linear, a Conv1D, or a quantised layer.
+        base: The frozen layer, of a type that has a host, see ``molora.hosts``.
         site: Settings of the experts and the router.
         path: Module path of the layer in the model, for messages and records.
         runtime: State shared by all sites of the model.
@@ -83,18 +67,24 @@ class MoloraLinear(MergeableLinear):
         places: Mapping[str, Place] | None = None,
     ):
         super().__init__(base)
-        self.in_features, self.out_features = sizes(base)
+        self.in_features, self.out_features = self.host.sizes(base)
+        for name in self.host.SHOWN:
+            setattr(self, name, getattr(base, name))
         self.path = path
         self.runtime = runtime
         self.objectives = list(objectives)
         experts = EXPERTS[site.experts.kind]
+        self.host.check(base, experts)
+        self.host.check_settings(site.experts)
         self.experts: AbstractExperts = experts(
             site.experts,
             in_features=self.in_features,
             out_features=self.out_features,
             generator=generator,
             **({"places": places} if places else {}),
+            **({"kernel": self.host.kernel(base)} if experts.reads_kernel else {}),
         )
+        self.host.begin(self.experts, generator)
         self.experts.frozen_weight = self._weight_OI
         self.experts.frozen_bias = self._bias_O
         self.experts.frozen_sources = self.frozen_sources
@@ -107,7 +97,7 @@ class MoloraLinear(MergeableLinear):
         if site.experts.num_experts > 1 and leader is None:
             kind = ROUTERS[site.router.kind]
             by_task = site.router.input == "task"
-            wide = {"in_features": self.in_features}
+            wide = {"in_features": self.host.width(base)}
             if by_task:
                 wide = {"in_features": len(site.router.tasks)}
             elif kind.reads_base_pass:
@@ -153,10 +143,10 @@ class MoloraLinear(MergeableLinear):
         """Base output plus the routed update.
 
         Args:
-            x: [..., I], any strides.
+            x: What the layer takes, for a linear one [..., I] of any strides.
 
         Returns:
-            [..., O] in the dtype of the base output.
+            What the layer gives, in its dtype.
 
         Raises:
             RoutingError: Router logits that are not finite, a mask that does not fit,
@@ -173,34 +163,41 @@ class MoloraLinear(MergeableLinear):
             layer = self.base if self.merged else self.given_layer
             plain: Tensor = layer(x)
             return plain
-        x_TI = x.reshape(-1, self.in_features)
-        shape = *x.shape[:-1], self.out_features
-        decider = self.decider
+        host, decider = self.host, self.decider
         if decider is None:
-            single_TO: Tensor = self.experts(x_TI, None, self._base(x, x_TI, None))
-            return single_TO.view(shape)
+            single_TO = host.run(self, x, None, None, None)
+            return host.shaped(self.base, single_TO, x)
         watched = bool(self.objectives) and self.training
         watched = watched or runtime.trace is not None or runtime.stats is not None
         capacity = decider.capacity if self.training else None
         needed = watched or capacity is not None or decider.needs_context
         context = runtime.context_for(self.path, needed=needed)
-        seen = x.shape if not self.ends_ffn else (*x.shape[:-2], x.shape[-1])
-        wanted = self.routing(x, context)
+        read = host.seen(self.base, x)
+        seen = self._positions(read, context, watched or capacity is not None)
+        wanted = self.routing(read, context)
         routing = wanted
         if capacity is not None:
             weight_T = context.token_weights(seen, self.path)
             routing = wanted._replace(gates=limited(wanted.gates, capacity, weight_T))
         if decider.config.mix == "block":
             y = self._in_ffn(x, routing, context)
-            shape = y.shape
         else:
-            y = self._updated(x, x_TI, routing, context)
+            y = self._updated(x, read, routing, context)
         if watched:
             # sums of tokens are not for half precision, which autocast would use
             with torch.autocast(y.device.type, enabled=False):
                 # objectives see what tokens asked for, overflow included
                 y = self._watched(y, wanted, routing, context, seen)
-        return y.view(shape)
+        return y if decider.config.mix == "block" else host.shaped(self.base, y, x)
+
+    def _positions(
+        self, read: Tensor, context: ForwardContext, masked: bool
+    ) -> Sequence[int]:
+        """Shape of the tokens without the slots of an FFN, and as the mask has them."""
+        if masked:
+            self.host.line_up(read, context, self.path)
+        shape = read.shape
+        return shape if not self.ends_ffn else (*shape[:-2], shape[-1])
 
     def _watched(
         self,
@@ -222,7 +219,7 @@ class MoloraLinear(MergeableLinear):
         """Where the tokens of an input go: as the own router says, or the leader's.
 
         Args:
-            x: [..., I].
+            x: What the router reads, [..., features]; of a linear layer its input.
             context: The running forward.
 
         Raises:
@@ -240,7 +237,7 @@ class MoloraLinear(MergeableLinear):
         return routing
 
     def _updated(
-        self, x: Tensor, x_TI: Tensor, routing: Routing, context: ForwardContext
+        self, x: Tensor, read: Tensor, routing: Routing, context: ForwardContext
     ) -> Tensor:
         """Base output plus update, [T, O]."""
         decider = self.decider
@@ -249,9 +246,7 @@ class MoloraLinear(MergeableLinear):
             shared = shared_shrink.update(self, x, routing, context)
             if shared is not None:
                 return shared
-        base = self._base(x, x_TI, routing.gates, routing.top_k)
-        y: Tensor = self.experts(x_TI, routing.gates, base, routing.top_k)
-        return y
+        return self.host.run(self, x, read, routing.gates, routing.top_k)
 
     def _in_ffn(self, x: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
         """The layer's part in an FFN whose experts run side by side; see ffn.py."""
@@ -262,29 +257,6 @@ class MoloraLinear(MergeableLinear):
             context.slots[self.path] = slots_of(routing, with_base)
         slots = context.slots[decider.site]
         return leave(self, x, slots) if self.ends_ffn else enter(self, x, slots)
-
-    def _base(
-        self,
-        x: Tensor,
-        x_TI: Tensor,
-        gates: Tensor | None,
-        top_k: int | None = None,
-    ) -> Tensor | Layer:
-        """Output of the frozen layer as [T, O], or that layer where experts call it."""
-        differentiable = x.requires_grad and torch.is_grad_enabled()
-        if differentiable and self.experts.takes_layer and self._is_frozen():
-            return functools.partial(self._frozen, x.shape)
-        edited_TI = self.experts.edit_input(x_TI, gates, top_k)
-        y = call_frozen(self.base, x if edited_TI is x_TI else edited_TI.view(x.shape))
-        return y.reshape(-1, self.out_features)
-
-    def _is_frozen(self) -> bool:
-        return not any(p.requires_grad for p in self.base.parameters())
-
-    def _frozen(self, shape: torch.Size, x_TI: Tensor) -> Tensor:
-        """The frozen layer from [T, I] to [T, O]; it sees x as the model shaped it."""
-        y = call_frozen(self.base, x_TI.view(shape))
-        return y.reshape(-1, self.out_features)
 
     def _balance(
         self,

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from molora.errors import WrapError
 from molora.experts import AbstractExperts
+from molora.hosts import Host, host_of
 from molora.quantized import (
     bits_of,
     dequantised,
@@ -38,9 +38,10 @@ class MergeableLinear(nn.Module):
     """The frozen layer of a bank, with its original bytes while it is merged.
 
     Args:
-        base: An nn.Linear, a Conv1D, or a quantised layer of bitsandbytes.
+        base: A layer of a type that has a host, see ``molora.hosts``.
 
     Attributes:
+        host: What the type of the layer makes of input, output and weight.
         quantised: While merged, the quantised layer whose place an ordinary one has.
         merge_cost: What the merge cost, for a quantised layer.
     """
@@ -51,6 +52,7 @@ class MergeableLinear(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
+        self.host: Host = host_of(base)
         self.backup: Tensor | None = None
         self.backup_bias: Tensor | None = None
         self.gave_bias = False
@@ -66,8 +68,8 @@ class MergeableLinear(nn.Module):
 
     @property
     def bias(self) -> Any:
-        """Bias of the base layer."""
-        return self.base.bias
+        """Bias of the base layer; None where its type has none."""
+        return getattr(self.base, "bias", None)
 
     @property
     def merged(self) -> bool:
@@ -121,13 +123,13 @@ class MergeableLinear(nn.Module):
 
     def _weight_OI(self) -> Tensor:
         """Weight of the frozen layer before any merge, dequantised."""
-        weight = self.base_weight()
-        return weight.t() if isinstance(self.base, Conv1D) else weight
+        return self.host.weight_OI(self.base_weight())
 
     def _bias_O(self) -> Tensor | None:
         """Bias of the frozen layer before any merge."""
         layer = self.frozen_layer
-        bias: Any = layer.bias if self.backup_bias is None else self.backup_bias
+        bias: Any = getattr(layer, "bias", None)
+        bias = bias if self.backup_bias is None else self.backup_bias
         if bias is None or self.gave_bias:
             return None
         assert isinstance(bias, Tensor)
@@ -143,8 +145,7 @@ class MergeableLinear(nn.Module):
         delta_OI = self.delta_weight()
         weight = self.base.weight
         assert isinstance(weight, nn.Parameter)
-        delta = delta_OI.t() if isinstance(self.base, Conv1D) else delta_OI
-        merged = self._sum(weight, delta)
+        merged = self._sum(weight, self.host.stored(delta_OI, weight))
         self._merge_bias(len(delta_OI))
         self.backup = weight.detach().clone()
         weight.copy_(merged)

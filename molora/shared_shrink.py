@@ -100,7 +100,9 @@ def _able(site: "MoloraLinear", x: Tensor, routing: Routing) -> bool:
     plain = isinstance(experts, BilinearExperts) and (
         type(experts).forward is BilinearExperts.forward
     )
-    if not plain or (experts.training and experts.lora_dropout):
+    if not (plain and site.host.by_token) or (
+        experts.training and experts.lora_dropout
+    ):
         return False
     A, Bt, scale = _factors(site)
     if not A.shape[0] == Bt.shape[0] == routing.gates.shape[1]:

@@ -13,7 +13,7 @@ from molora.config import SiteConfig
 from molora.errors import WrapError
 from molora.experts import AbstractExperts, FactorConfig, Place, SharedConfig
 from molora.experts.base import ExpertsConfig
-from molora.layer import sizes
+from molora.hosts import sizes
 
 Group = tuple[str, str, str, str]
 """Kind of experts, tensor, scope, and what the layers have in common in their path."""

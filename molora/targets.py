@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from molora.config import AdapterConfig
 from molora.errors import WrapError
-from molora.layer import SUPPORTED
+from molora.hosts import LINEAR, find_host, host_names
 from molora.quantized import bits_of
 from molora.schema import nearest
 
@@ -41,19 +42,20 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     _check_overrides(config, paths)
     targets = {path: modules[path] for path in paths}
     _check_types(targets)
+    _check_aliases(targets, modules)
     return targets
 
 
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    """Every supported layer but the output embedding."""
+    """Every linear layer but the output embedding."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     paths = [
         path
         for path, module in modules.items()
-        if isinstance(module, SUPPORTED) and module is not output
+        if isinstance(module, LINEAR) and module is not output
     ]
     if not paths:
-        names = " or ".join(cls.__name__ for cls in SUPPORTED)
+        names = " or ".join(cls.__name__ for cls in LINEAR)
         raise WrapError(f"target_modules: all-linear finds no {names} in this model")
     return paths
 
@@ -75,14 +77,14 @@ def _matches(
         hits = [p for p in modules if p == suffix or p.endswith("." + suffix)]
         if not hits:
             names = {path.split(".")[-1] for path in modules}
-            linear = {
+            able = {
                 path.split(".")[-1]
                 for path, module in modules.items()
-                if isinstance(module, SUPPORTED)
+                if find_host(module) is not None
             }
             raise WrapError(
                 f"{field}: {suffix!r} matches no module.{nearest(suffix, names)} "
-                f"Layers that can host experts: {', '.join(sorted(linear))}"
+                f"Layers that can host experts: {', '.join(sorted(able))}"
             )
         found.update(hits)
     return [path for path in modules if path in found]
@@ -112,15 +114,29 @@ def _check_overrides(config: AdapterConfig, paths: list[str]) -> None:
             taken.setdefault(path, i)
 
 
+def _check_aliases(
+    targets: dict[str, nn.Module], modules: dict[str, nn.Module]
+) -> None:
+    """Refuse an embedding or a convolution that stays as it is at another path."""
+    paths = {id(module): path for path, module in targets.items()}
+    for path, module in modules.items():
+        target, host = paths.get(id(module), path), find_host(module)
+        if target != path and host is not None and not host.by_token:
+            raise WrapError(
+                f"target {target!r} is the same module as {path!r}, where it would "
+                "be called without experts; exclude it"
+            )
+
+
 def _check_types(targets: dict[str, nn.Module]) -> None:
     """Refuse modules that cannot host a bank, and one layer under two paths."""
     seen: dict[int, str] = {}
     for path, module in targets.items():
-        if not isinstance(module, SUPPORTED):
-            names = " and ".join(cls.__name__ for cls in SUPPORTED)
+        if find_host(module) is None:
             raise WrapError(
-                f"target_modules matches {path!r}, a {type(module).__name__}; experts "
-                f"can sit on {names} only. Narrow the pattern or exclude the module."
+                f"target_modules matches {path!r}, a {type(module).__name__}; "
+                f"experts can sit on {host_names()} only. Narrow the pattern or "
+                "exclude the module."
             )
         if isinstance(module, NonDynamicallyQuantizableLinear):
             raise WrapError(
@@ -128,9 +144,10 @@ def _check_types(targets: dict[str, nn.Module]) -> None:
                 "weight and never calls it, so experts there would have no effect; "
                 "exclude it"
             )
-        if not module.weight.is_floating_point() and bits_of(module) is None:
+        weight: Any = module.weight
+        if not weight.is_floating_point() and bits_of(module) is None:
             raise WrapError(
-                f"target {path!r} holds quantised weights ({module.weight.dtype}) that "
+                f"target {path!r} holds quantised weights ({weight.dtype}) that "
                 "are none of bitsandbytes; load the base with quantization nf4, int8 "
                 "or none"
             )

@@ -66,6 +66,12 @@ class ArrowRouter(AbstractRouter):
                 "each expert, which this experts.kind does not have; use lora, or "
                 "another router"
             )
+        if experts.factors()[0].shape[-1] != self.in_features:
+            raise ConfigError(
+                f"site {self.site!r}: router.kind 'arrow' compares tokens with the "
+                "rows of A, and on an embedding A reads ids; use another router in an "
+                "override for this layer"
+            )
         # in a list: its parameters are not those of the router
         self._experts = [experts]
         self._known: tuple[Any, Tensor] | None = None

@@ -64,7 +64,7 @@ def disturb(site: Any, size: float = 0.3) -> None:
 
 def run(site: Any, x: Tensor, gates: Tensor | None, top_k: int | None = None) -> Tensor:
     """The layer with given gates."""
-    y: Tensor = site.experts(x, gates, site._base(x, x, gates, top_k), top_k)
+    y: Tensor = site.host.run(site, x, x, gates, top_k)
     return y
 
 

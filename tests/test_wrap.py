@@ -75,10 +75,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"targets": ["proj"]}, "'proj' matches no module"),
     ({"targets": r"model\.layer\..*"}, "matches no module path; it must match a whole"),
     ({"targets": "q_proj"}, "the expression 'q_proj' matches no module path"),
-    ({"targets": ["mlp"]}, r"'model\.layers\.0\.mlp', a LlamaMLP; .*Linear and Conv1D"),
+    ({"targets": ["mlp"]}, r"'model\.layers\.0\.mlp', a LlamaMLP; .*Linear, Conv1D"),
     ({"targets": ["norm"]}, "a LlamaRMSNorm"),
-    ({"targets": ["embed_tokens"]}, "a Embedding; experts can sit on"),
-    ({"targets": r".*\.layers\.0\..*"}, "experts can sit on Linear and Conv1D only"),
+    ({"targets": ["rotary_emb"]}, "a LlamaRotaryEmbedding; experts can sit on"),
+    (
+        {"targets": r".*\.layers\.0\..*"},
+        "experts can sit on Linear, Conv1D, Embedding, .*only",
+    ),
     ({"exclude_modules": ["v_porj"]}, "exclude_modules: 'v_porj' matches no module"),
     ({"exclude_modules": "nothing"}, "exclude_modules: the expression 'nothing'"),
     (

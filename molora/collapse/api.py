@@ -67,13 +67,16 @@ def collapse(
         ConfigError: An unknown method, or an option that it does not read.
         DataError: Calibration data that cannot be used.
         WrapError: The model is not wrapped, merged, disabled, has an expert family
-            that the method cannot read, or one expert everywhere and the method does
-            not reduce ranks. Whatever is raised, the model is left as it was.
+            that the method cannot read, one expert everywhere and the method does not
+            reduce ranks, or layers that calibration data is not for (embeddings,
+            convolutions). Whatever is raised, the model is left as it was.
     """
     found = sites(model)
     collapser = _build(method, rank, options, calibration is not None)
     _check_model(model, collapser, method)
     _check_blocks(found, method, calibration is not None)
+    if calibration is not None:
+        _check_hosts(found)
     bar = Progress(console=Console(stderr=True), disable=not show_progress)
     with in_eval(model):
         run = _run(model, found, collapser, method, bar)
@@ -142,6 +145,18 @@ def _check_blocks(
             "no update of its layers equals; collapse.select without calibration data "
             "keeps one expert, which is exact for it"
         )
+
+
+def _check_hosts(found: dict[str, MoloraLinear]) -> None:
+    """Sums over tokens are those of the rows that a linear layer reads."""
+    for path, site in found.items():
+        if not site.host.by_token:
+            name = type(site.base).__name__
+            raise WrapError(
+                f"site {path!r}: calibration data is summed over the rows that a layer "
+                f"multiplies, and this {name} reads {site.host.READS}; collapse "
+                "without calibration data (linear, svd, concat, select)"
+            )
 
 
 def _losses(evaluate: Evaluate | None, model: nn.Module) -> dict[str, float]:

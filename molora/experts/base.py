@@ -55,6 +55,9 @@ class AbstractExperts(Keeping, abc.ABC):
     adds: ClassVar[bool] = False
     """Whether ``forward`` adds a term that does not depend on ``base``, so that the
     term may stand in a sum of families."""
+    reads_kernel: ClassVar[bool] = False
+    """Whether it takes the sizes of a convolution's window as ``kernel``, and
+    ``from_peft`` does."""
     peft_type: ClassVar[str | None] = None
     """Name of the method in PEFT; None where PEFT has it not."""
     num_experts: int

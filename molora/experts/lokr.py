@@ -14,6 +14,11 @@ else the pair m <= n of divisors with the smallest sum, m <= f (f = -1: no bound
     LoNKr   a list of factors gives one factor more than it is long (SuperLoRA, Chen et
             al. 2024, arXiv:2403.11887)
 
+On a convolution C is split and the last factor is [o_K, i_K k k], as PEFT has it;
+with ``use_effective_conv2d`` its parts are [r, o_K], [r, i_K] and a core [r, r, k k]
+(kernel_core.py) where it is a product. Inside of other families (sum, dora) I = C k k
+is split as that of a linear layer.
+
 Delta W is not formed: x as [T, i_1, ..., i_K] is multiplied along one axis at a time.
 
 Shape legend: see base.py; o_k, i_k sizes of factor k of K.
@@ -21,21 +26,18 @@ Shape legend: see base.py; o_k, i_k sizes of factor k of K.
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-import pydantic
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.errors import WrapError
-from molora.experts.base import EXPERTS, AbstractExperts, ExpertsConfig
+from molora.experts.base import EXPERTS, AbstractExperts
 from molora.experts.gated_sum import gated_sum
+from molora.experts.kernel_core import core_size, cored, window_of
+from molora.experts.lokr_config import LoKrConfig
 from molora.experts.peft_form import PeftForm
-
-Divisor = Annotated[int, pydantic.Field(ge=-1)]
-Sizes = list[tuple[int, int]]
-"""(o_k, i_k) of every factor."""
 
 
 @EXPERTS.register("lokr", paper="arXiv:2309.14859")
@@ -56,66 +58,12 @@ class LoKrExperts(AbstractExperts):
         WrapError: A residual on a layer that is not square.
     """
 
-    class Config(ExpertsConfig):
-        """Settings of LoKr experts."""
-
-        kind: Literal["lokr"] = "lokr"
-        """Registered name."""
-        r: Annotated[int, pydantic.Field(ge=1)] | None = 8
-        """Rank of factors that are split; null keeps all of them whole (KronA)."""
-        alpha: float = pydantic.Field(default=8.0, gt=0)
-        """Numerator of the scale; the scale itself where r is null."""
-        decompose_factor: Divisor | list[Divisor] = -1
-        """How sizes are split in two; a list splits what is left again (LoNKr)."""
-        decompose_both: bool = False
-        """Whether factors before the last may be products of rank r as well."""
-        sort_factors: bool = False
-        """Put the smaller of two sizes first, as LyCORIS does; PEFT does not."""
-        init_weights: Literal[True, "lycoris"] = True
-        """Which factor starts at zero: the first (true, as PEFT) or the last."""
-        residual: bool = False
-        """Add a learned multiple of x, zero at the start (square layers)."""
-
-        @pydantic.model_validator(mode="after")
-        def _is_read(self) -> Self:
-            if self.r is None and self.decompose_both:
-                raise ValueError("decompose_both: r null keeps all factors whole")
-            if 0 in self.divisors() or not self.divisors():
-                raise ValueError(
-                    "decompose_factor: give -1, a number above 0, or a list of these"
-                )
-            return self
-
-        def divisors(self) -> list[int]:
-            """What sizes are split by, one after the other."""
-            f = self.decompose_factor
-            return f if isinstance(f, list) else [f]
-
-        def sizes(self, in_features: int, out_features: int) -> Sizes:
-            """Sizes of all factors."""
-            outs, ins = (self._split(d) for d in (out_features, in_features))
-            return list(zip(outs, ins, strict=True))
-
-        def _split(self, rest: int) -> list[int]:
-            parts = []
-            for f in self.divisors():
-                first, rest = _factors(rest, f)
-                if self.sort_factors:
-                    first, rest = sorted((first, rest))
-                parts.append(first)
-            return [*parts, rest]
-
-        def names(self, sizes: Sizes) -> list[tuple[str, ...]]:
-            """Parameters of every factor: the matrix, or its two parts."""
-            found: list[tuple[str, ...]] = []
-            for k, size in enumerate(sizes, 1):
-                small = self.r is not None and self.r < max(size) / 2
-                split = small and (self.decompose_both or k == len(sizes))
-                found.append((f"w{k}_a", f"w{k}_b") if split else (f"w{k}",))
-            return found
+    class Config(LoKrConfig):
+        """Settings of LoKr experts; see its base class."""
 
     adds = True
     peft_type = "LOKR"
+    reads_kernel = True
 
     def __init__(
         self,
@@ -124,6 +72,7 @@ class LoKrExperts(AbstractExperts):
         in_features: int,
         out_features: int,
         generator: torch.Generator,
+        kernel: tuple[int, ...] = (),
     ):
         super().__init__()
         if config.residual and in_features != out_features:
@@ -135,15 +84,22 @@ class LoKrExperts(AbstractExperts):
         self.config = config
         self.num_experts = config.num_experts
         self.scale = config.alpha / (config.r or 1)
-        self.sizes = config.sizes(in_features, out_features)
-        self.names = config.names(self.sizes)
+        self.kernel, area = kernel, math.prod(kernel)
+        self.core = core_size(config.use_effective_conv2d, kernel)
+        self.sizes, self.names = config.pieces(in_features, out_features, area)
         zero = self.names[-1][-1] if config.init_weights == "lycoris" else "w1"
-        for (o, i), names in zip(self.sizes, self.names, strict=True):
-            shapes = [(o, i)] if len(names) == 1 else [(o, config.r), (config.r, i)]
+        r = config.r or 0
+        for k, ((o, i), names) in enumerate(zip(self.sizes, self.names, strict=True)):
+            shapes: list[tuple[int, ...]] = [(o, r), (r, i)]
+            if len(names) == 1:
+                shapes = [(o, i)]
+            elif self.core and k == len(self.sizes) - 1:
+                shapes = [(r, o), (r, i // area), (r, r, area)]
+                self.names[k] = names = (*names, f"t{k + 1}")
             for name, shape in zip(names, shapes, strict=True):
-                values = torch.zeros(self.num_experts, *shape)  # type: ignore[arg-type]
+                values = torch.zeros(self.num_experts, *shape)
                 if name.removesuffix("_a") != zero:
-                    bound = 1 / math.sqrt(values.shape[2])
+                    bound = 1 / math.sqrt(math.prod(shape[1:]))
                     values.uniform_(-bound, bound, generator=generator)
                 self.register_parameter(name, nn.Parameter(values))
         self.all_names = [name for names in self.names for name in names]
@@ -169,12 +125,19 @@ class LoKrExperts(AbstractExperts):
         for k in reversed(range(len(self.sizes))):
             # the axis that was multiplied goes to the front, so the next one is last
             y = y.flatten(1).unflatten(1, (-1, self.sizes[k][1]))
-            for name in reversed(self.names[k]):
-                scale = self.scale if name == self.names[0][0] else 1.0
-                y = F.linear(y, scale * mine[name])
+            matrices = self._matrices([mine[name] for name in self.names[k]])
+            for i, matrix in reversed(list(enumerate(matrices))):
+                y = F.linear(y, matrix if i + k else self.scale * matrix)
             y = y.transpose(1, 2)
         y = y.flatten(1)
         return y + mine["s_res"] * x_TI if self.config.residual else y
+
+    def _matrices(self, parts: list[Tensor]) -> list[Tensor]:
+        """Matrices whose product is one factor."""
+        if len(parts) < 3:
+            return parts
+        a_ro, b_ri, core = parts
+        return [a_ro.t(), cored(core, b_ri)]
 
     @torch.no_grad()
     def delta_weight(self, expert: int, weight: Tensor) -> Tensor:
@@ -184,6 +147,7 @@ class LoKrExperts(AbstractExperts):
         delta = torch.full((1, 1), self.scale, dtype=wide, device=first.device)
         for names in self.names:
             parts = [getattr(self, name)[expert].to(wide) for name in names]
+            parts = self._matrices(parts)
             factor = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
             delta = torch.kron(delta, factor)
         if self.config.residual:
@@ -207,6 +171,7 @@ class LoKrExperts(AbstractExperts):
                 f"{len(self.sizes)} factors and residual {config.residual}"
             )
         # whole factors are those whose rank is not small
+        area = math.prod(self.kernel)
         r = config.r or max(max(size) for size in self.sizes)
         settings: dict[str, Any] = {
             "r": r,
@@ -216,7 +181,7 @@ class LoKrExperts(AbstractExperts):
         }
         again = type(self).Config(**settings, sort_factors=False)
         outs, ins = zip(*self.sizes, strict=True)
-        if again.sizes(math.prod(ins), math.prod(outs)) != self.sizes:
+        if again.pieces(math.prod(ins), math.prod(outs), area)[0] != self.sizes:
             raise WrapError(
                 f"experts.sort_factors: PEFT would split the layer into other factors "
                 f"than {self.sizes}; train with sort_factors: false to export"
@@ -225,6 +190,15 @@ class LoKrExperts(AbstractExperts):
             f"lokr_{name}": getattr(self, name)[expert].detach().clone()
             for name in self.all_names
         }
+        if area > 1:
+            settings["use_effective_conv2d"] = bool(self.core)
+        _check_whole(self.kernel, "w2" in self.all_names)
+        if self.kernel and "lokr_w2" in tensors:
+            whole = tensors["lokr_w2"]
+            tensors["lokr_w2"] = whole.unflatten(1, (-1, *self.kernel))
+        if "lokr_t2" in tensors:
+            core = tensors["lokr_t2"]
+            tensors["lokr_t2"] = core.unflatten(-1, window_of(self.kernel))
         return PeftForm("LOKR", settings, tensors)
 
     @classmethod
@@ -234,6 +208,7 @@ class LoKrExperts(AbstractExperts):
         tensors: Mapping[str, Tensor],
         in_features: int,
         out_features: int,
+        kernel: tuple[int, ...] = (),
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See base class."""
         block = {
@@ -244,26 +219,28 @@ class LoKrExperts(AbstractExperts):
             "decompose_factor": int(settings["decompose_factor"]),
         }
         config = cls.Config.from_dict(block)
-        found = config.names(config.sizes(in_features, out_features))
+        found = config.pieces(in_features, out_features, math.prod(kernel))[1]
         names = [name for names in found for name in names]
+        if kernel and "lokr_t2" in tensors:
+            block["use_effective_conv2d"] = True
+            names.append("t2")
+        _check_whole(kernel, "w2" in names)
         if set(tensors) != {f"lokr_{name}" for name in names}:
             raise WrapError(
                 f"a LoKr with these settings holds "
                 f"{', '.join(f'lokr_{name}' for name in names)} in a linear layer from "
                 f"{in_features} to {out_features}, not {', '.join(sorted(tensors))}"
             )
-        return block, {name: tensors[f"lokr_{name}"].unsqueeze(0) for name in names}
+        return block, {
+            name: tensors[f"lokr_{name}"].flatten(2 if name == "t2" else 1).unsqueeze(0)
+            for name in names
+        }
 
 
-def _factors(dimension: int, factor: int) -> tuple[int, int]:
-    """Two factors of a number; see the head of this file."""
-    if factor > 0 and dimension % factor == 0:
-        return factor, dimension // factor
-    bound = dimension if factor == -1 else factor
-    pairs = [
-        (m, dimension // m)
-        for m in range(1, math.isqrt(dimension) + 1)
-        if dimension % m == 0 and m <= bound
-    ]
-    # the smallest sum is that of the pair next to the root
-    return pairs[-1]
+def _check_whole(kernel: tuple[int, ...], whole: bool) -> None:
+    """Refuse what PEFT multiplies along other axes: w1 [o, i] with w2 [o, i, k]."""
+    if len(kernel) == 1 and whole:
+        raise WrapError(
+            "PEFT 0.21 computes another product where the last factor on a Conv1d is "
+            "whole; LoKr with a smaller r, which splits it, is the same in both"
+        )

@@ -175,6 +175,26 @@ class LoRAExperts(StartedExperts, FactorExperts):
                 self.frozen = (*self.frozen, "A_last", "Bt_last")
 
     @torch.no_grad()
+    def begin_at_zero_A(self, generator: torch.Generator) -> None:
+        """Begin as PEFT's LoRA of an embedding: A is zero and B is N(0, 1).
+
+        Padding rows of B are zero. Nothing changes where ``init_lora_weights`` asks for
+        another start, or a factor is not simply this layer's own and trained.
+        """
+        config = self.config
+        plain = config.init_lora_weights in (True, "gaussian")
+        if (
+            not plain
+            or config.trainability
+            or set(config.scopes().values()) - {"experts"}
+        ):
+            return
+        self.A.zero_()
+        self.Bt.normal_(generator=generator)
+        for b_rO, rank in zip(self.Bt, config.ranks(), strict=False):
+            b_rO[rank:] = 0
+
+    @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """See base class; only PiSSA and OLoRA read the weight."""
         init = self.config.init_lora_weights

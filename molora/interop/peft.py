@@ -111,9 +111,11 @@ def _export_lora(
         key = f"base_model.model.{path}"
         missing = (0, 0, 0, wide - lora.rank)
         a_RI, b_RO = pad(lora.A_rI, missing), pad(lora.Bt_rO, missing)
-        tensors[f"{key}.lora_A.weight"] = _stored(a_RI)
-        tensors[f"{key}.lora_B.weight"] = _stored(b_RO.t())
+        site = found[path]
+        for name, values in site.host.to_lora(site.base, a_RI, b_RO.t()).items():
+            tensors[f"{key}.{name}"] = _stored(values)
         if with_bias:
+            _check_takes_bias(site)
             bias_O = biases[path]
             bias_O = b_RO.new_zeros(b_RO.shape[1]) if bias_O is None else bias_O
             tensors[f"{key}.lora_B.bias"] = _stored(bias_O)
@@ -123,6 +125,16 @@ def _export_lora(
         write_json(temp / CONFIG, config | ({"lora_bias": True} if with_bias else {}))
         write_manifest(temp)
     return PeftExport("LORA", {path: error for path, (_, error) in made.items()})
+
+
+def _check_takes_bias(site: MoloraLinear) -> None:
+    """Refuse a LoRA with a bias where PEFT has none."""
+    if site.bias is None and not site.host.by_token:
+        raise WrapError(
+            f"site {site.path!r}: some layers change their bias (lora_bias), which "
+            "PEFT does not have on an embedding; exclude this layer, or "
+            "save_pretrained"
+        )
 
 
 def _stored(values: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from molora.errors import CheckpointError, WrapError
 from molora.experts import EXPERTS
+from molora.hosts import find_host, host_of, sizes
 from molora.interop.peft_folder import check_alone, check_start, read_tensors, value_at
 from molora.interop.peft_forms import PATTERNS, listed
 from molora.interop.peft_targets import check_layers
-from molora.layer import SUPPORTED, sizes
 from molora.manifest import CONFIG, read_json
 
 
@@ -92,10 +92,19 @@ def read_adapter(folder: str | Path, family: str, model: nn.Module) -> PeftAdapt
     check_layers(folder, config, model, layers)
     blocks, states = {}, {}
     for path, tensors in layers.items():
+        taken = host_of(modules[path]).PEFT
+        if taken is not None and cls.peft_type not in taken:
+            raise CheckpointError(
+                f"{folder}: {path} is a {type(modules[path]).__name__}, on which "
+                f"{family} experts are not what PEFT's are; leave it out there"
+            )
         settings = _settings(config, str(cls.peft_type), path, folder)
+        window: dict[str, Any] = {}
+        if cls.reads_kernel:
+            window = {"kernel": host_of(modules[path]).kernel(modules[path])}
         try:
             blocks[path], states[path] = cls.from_peft(
-                settings, {**outside, **tensors}, *sizes(modules[path])
+                settings, {**outside, **tensors}, *sizes(modules[path]), **window
             )
         except WrapError as error:
             raise CheckpointError(f"{folder}: {path}: {error}") from None
@@ -137,12 +146,13 @@ def _by_path(
             continue
         for end in range(len(parts) - 1, 2, -1):
             path = ".".join(parts[2:end])
-            if isinstance(modules.get(path), SUPPORTED):
+            if find_host(modules.get(path)) is not None:
                 layers.setdefault(path, {})[".".join(parts[end:])] = values
                 break
         else:
             raise CheckpointError(
-                f"{folder}: holds {key!r}, but the model has no linear layer there"
+                f"{folder}: holds {key!r}, but the model has no layer there that "
+                "can hold experts"
             )
     if not layers:
         raise CheckpointError(f"{folder}: holds no tensors of a layer")

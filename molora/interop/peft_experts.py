@@ -107,8 +107,9 @@ def _write_expert(
         if not (a_rI.any() or b_rO.any()):
             continue
         key = f"base_model.model.{path}"
-        tensors[f"{key}.lora_A.weight"] = a_rI.detach().cpu().contiguous().clone()
-        tensors[f"{key}.lora_B.weight"] = b_rO.detach().t().cpu().contiguous().clone()
+        named = site.host.to_lora(site.base, a_rI.detach(), b_rO.detach().t())
+        for name, values in named.items():
+            tensors[f"{key}.{name}"] = values.cpu().contiguous().clone()
         ranks[path], alphas[path] = rank, scale * rank
     if not ranks:
         raise WrapError(f"expert {expert} is zero at every layer, so it is no adapter")

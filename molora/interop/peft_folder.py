@@ -9,7 +9,7 @@ Shape legend
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,11 @@ from torch import Tensor
 from molora.errors import CheckpointError
 from molora.manifest import CONFIG, TENSORS, read_json
 
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))"
+)
+_TABLE = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight")
+"""Frozen weights that PEFT writes beside the LoRA of an embedding."""
 
 NO_EFFECT = {
     "alpha_pattern",
@@ -81,12 +85,16 @@ class PeftLora:
         base: Name of its base model, if it says so.
         factors: A [r, I] and B [O, r] by module path, as stored.
         scales: s by module path.
+        forms: Name and number of axes of A in the file, by module path.
+        tables: Frozen weights in the file, by module path.
     """
 
     folder: Path
     base: str | None
     factors: dict[str, tuple[Tensor, Tensor]]
     scales: dict[str, float]
+    forms: dict[str, tuple[str, int]] = field(default_factory=dict)
+    tables: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_lora(folder: str | Path) -> PeftLora:
@@ -104,7 +112,7 @@ def read_lora(folder: str | Path) -> PeftLora:
         raise CheckpointError(f"{folder}: no such folder; give that of a PEFT adapter")
     config = read_json(folder / CONFIG)
     _check_variant(folder, config)
-    factors = _factors(folder)
+    factors, forms, tables = _factors(folder)
     scales = {}
     for path, (a_rI, _) in factors.items():
         rank = value_at(config, "rank_pattern", "r", path, folder)
@@ -114,7 +122,8 @@ def read_lora(folder: str | Path) -> PeftLora:
                 f"{folder}: {path} has rank {a_rI.shape[0]}, but {CONFIG} says {rank}"
             )
         scales[path] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    return PeftLora(folder, config.get("base_model_name_or_path"), factors, scales)
+    base = config.get("base_model_name_or_path")
+    return PeftLora(folder, base, factors, scales, forms, tables)
 
 
 def check_start(folder: Path, config: Mapping[str, Any]) -> None:
@@ -174,16 +183,29 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by module path, in pairs that fit."""
+def _factors(
+    folder: Path,
+) -> tuple[
+    dict[str, tuple[Tensor, Tensor]], dict[str, tuple[str, int]], dict[str, Tensor]
+]:
+    """A and B as matrices by module path, in pairs that fit; forms and tables."""
     halves: dict[str, dict[str, Tensor]] = {}
+    forms: dict[str, tuple[str, int]] = {}
+    tables: dict[str, Tensor] = {}
     for key, tensor in read_tensors(folder).items():
-        match = _KEY.fullmatch(key)
-        if match is None:
+        match, table = _KEY.fullmatch(key), _TABLE.fullmatch(key)
+        if table is not None:
+            tables[table[1]] = tensor
+            continue
+        if match is None or tensor.dim() < 2:
             raise CheckpointError(
-                f"{folder}: holds {key!r}, which is no factor of a linear LoRA"
+                f"{folder}: holds {key!r}, which is no factor of a LoRA"
             )
-        halves.setdefault(match[1], {})[match[2]] = tensor
+        path, half = match[1], match[2] or match[3]
+        # a convolution's factors are kernels
+        halves.setdefault(path, {})[half] = tensor.flatten(1)
+        if half == "A":
+            forms[path] = key.removeprefix(f"base_model.model.{path}."), tensor.dim()
     if not halves:
         raise CheckpointError(f"{folder}: holds no LoRA factors")
     for path, pair in halves.items():
@@ -191,7 +213,8 @@ def _factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
             raise CheckpointError(
                 f"{folder}: {path} lacks a factor that fits the other"
             )
-    return {path: (pair["A"], pair["B"]) for path, pair in halves.items()}
+    factors = {path: (pair["A"], pair["B"]) for path, pair in halves.items()}
+    return factors, forms, tables
 
 
 def value_at(

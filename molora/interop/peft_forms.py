@@ -71,6 +71,7 @@ def write_forms(
                     f"site {path!r} is a Conv1D, on which PEFT does not put {kind}; "
                     "give export_peft a rank (--rank) for a LoRA that comes near it"
                 )
+    _check_hosts(kind, found)
     tensors = {
         f"base_model.model.{path}.{name}": values
         for path, form in forms.items()
@@ -84,6 +85,17 @@ def write_forms(
     write_json(folder / CONFIG, {**common_fields(model, found, kind), **settings})
     notes = dict.fromkeys(form.note for form in forms.values() if form.note is not None)
     return kind, tuple(notes)
+
+
+def _check_hosts(kind: str, found: Mapping[str, MoloraLinear]) -> None:
+    """Refuse methods that PEFT has not, or in another form, on a type of layer."""
+    for path, site in found.items():
+        if site.host.PEFT is not None and kind not in site.host.PEFT:
+            raise WrapError(
+                f"site {path!r} is a {type(site.base).__name__}, on which PEFT does "
+                f"not have {type(site.experts).__name__}; give export_peft a rank "
+                "(--rank) for a LoRA that comes near them"
+            )
 
 
 def common_fields(
@@ -165,7 +177,8 @@ def _settings(
     """One config of the settings of all layers."""
     fields: dict[str, Any] = {}
     for name in dict.fromkeys(n for settings in layers.values() for n in settings):
-        values = {path: settings.get(name) for path, settings in layers.items()}
+        # a layer without the setting does not read it
+        values = {path: own[name] for path, own in layers.items() if name in own}
         distinct = list(dict.fromkeys(map(repr, values.values())))
         if name == "feedforward_modules":
             fields[name] = names_of(model, [path for path, on in values.items() if on])

@@ -9,7 +9,7 @@ Shape legend
     E experts   I in features   O out features   r rank of one expert
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from torch import nn
 
 from molora.errors import CheckpointError
 from molora.experts import LoRAExperts
+from molora.hosts import find_host, host_of, sizes
 from molora.interop.general import Subtract, subtract_general
 from molora.interop.peft_folder import PeftLora, read_lora
 from molora.interop.peft_targets import check_layers
-from molora.layer import SUPPORTED, MoloraLinear, sizes
+from molora.layer import MoloraLinear
 from molora.manifest import CONFIG, read_json
 
 
@@ -118,16 +119,39 @@ def _check_targets(
             )
         for path, (a_rI, b_Or) in lora.factors.items():
             module = modules.get(path)
-            if not isinstance(module, SUPPORTED):
-                what = "which the model lacks" if module is None else "no linear layer"
+            if find_host(module) is None:
+                what = "which the model lacks"
+                if module is not None:
+                    what = "no layer that can hold experts"
                 raise CheckpointError(f"{lora.folder}: targets {path!r}, {what}")
+            assert module is not None
+            host = host_of(module)
+            if lora.forms[path] != (host.LORA[0], 2 + len(host.kernel(module))):
+                name, axes = lora.forms[path]
+                raise CheckpointError(
+                    f"{lora.folder}: {path} holds {name} of {axes} axes, which is not "
+                    f"for a {type(module).__name__} as the model has there"
+                )
             if (a_rI.shape[1], b_Or.shape[0]) != sizes(module):
                 raise CheckpointError(
                     f"{lora.folder}: {path} maps {a_rI.shape[1]} to {b_Or.shape[0]} "
                     f"features, in the model {' to '.join(map(str, sizes(module)))}"
                 )
+        _check_tables(lora, modules)
         config = read_json(lora.folder / CONFIG)
         check_layers(lora.folder, config, model, lora.factors)
+
+
+def _check_tables(lora: PeftLora, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse frozen weights in a folder that are not those of the model."""
+    for path, table in lora.tables.items():
+        weight: Any = getattr(modules.get(path), "weight", None)
+        same = weight is not None and weight.shape == table.shape
+        if not same or not torch.equal(table.to(weight), weight):
+            raise CheckpointError(
+                f"{lora.folder}: holds a weight of {path} that is not the model's; it "
+                "was trained on another base, or on a resized one. Load that base"
+            )
 
 
 def _block(loras: list[PeftLora], path: str, dropout: float) -> dict[str, Any]:

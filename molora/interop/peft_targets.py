@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from molora.errors import CheckpointError
-from molora.layer import SUPPORTED
+from molora.hosts import find_host
 from molora.manifest import CONFIG
 
 
@@ -34,9 +34,9 @@ def check_layers(
     if config.get("target_modules") in (None, "all-linear"):
         return
     there = set(paths)
-    linear = {n for n, module in model.named_modules() if isinstance(module, SUPPORTED)}
+    able = {n for n, module in model.named_modules() if find_host(module) is not None}
     try:
-        named = {path for path in linear | there if _adapts(config, path)}
+        named = {path for path in able | there if _adapts(config, path)}
     except re.error as error:
         raise CheckpointError(
             f"{folder / CONFIG}: the layers are named by what is no regular "

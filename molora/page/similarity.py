@@ -11,7 +11,6 @@ Legend: E experts   I in features   O out features   r rank of one expert
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from molora.experts import BilinearExperts
 from molora.layer import MoloraLinear
@@ -60,8 +59,7 @@ def _factored(experts: BilinearExperts) -> Tensor:
 
 def _dense(site: MoloraLinear) -> Tensor:
     """Inner products of dense updates, two of them at a time."""
-    weight = site.base_weight().float()
-    weight_OI = weight.t() if isinstance(site.base, Conv1D) else weight
+    weight_OI = site.host.weight_OI(site.base_weight()).float()
     E = site.experts.num_experts
     gram_EE = torch.zeros(E, E, dtype=torch.float64)
     for i in range(E):

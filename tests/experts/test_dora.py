@@ -16,6 +16,7 @@ import molora
 from molora.errors import ConfigError, WrapError
 from molora.experts.base import AbstractExperts
 from molora.experts.dora import DoRAExperts
+from molora.hosts.linear import base_of
 from molora.model import adapter_parameters, sites
 from tests.oracle import DTYPES, FOLDER, Layer, near
 
@@ -147,7 +148,7 @@ def test_a_mixture_by_its_definition(case: str, router: str, x_grad: bool) -> No
     free = gates.detach().clone().requires_grad_()
     trained = [p for p in leaves.values() if p.requires_grad]
     trained = [p for p in trained if p is not site.router.gate.weight] + [free]
-    layer = site._base(x, x, free)
+    layer = base_of(site, x, x, free)
     top_k = 2 if router == "topk" else None
     y, dense = site.experts(x, free, layer, top_k), dense_sum(site, x, free, deltas)
     assert near(y.detach(), dense.detach())
@@ -229,7 +230,7 @@ def test_around_any_linear_family(E: int) -> None:
     gates = torch.rand(6, E, generator=generator).double().requires_grad_()
     trained = [inner.D, site.experts.magnitude, x] + ([gates] if E > 1 else [])
     given = gates if E > 1 else None
-    y = site.experts(x, given, site._base(x, x, None))
+    y = site.experts(x, given, base_of(site, x, x, None))
     weights = gates if E > 1 else torch.ones(6, 1).double()
     want = dense_sum(site, x, weights, list(inner.D))
     assert near(y.detach(), want.detach())

@@ -167,13 +167,14 @@ def call(
     mask = (0.1, 1) if variant == "dropout" else (0.0, 0)
     if kernel.startswith("topk"):
         weight = torch.empty(rank, wide, device="meta")
-        pair = [torch.empty(tokens, rank, device="meta") for _ in range(2)]
+        rows = torch.empty(tokens, rank, device="meta")
         if kernel == "topk_gates":
             flag = torch.empty((), device="meta", dtype=torch.uint8)
             triton_topk.gates_of(x, weight, flag, 2, 1.0, True)
         else:
             # gates that are not renormalised need more
-            triton_topk.backward(x, weight, *pair, *pair, 1.0, False, True, True)
+            pair, needed = (rows, rows), (True, True)
+            triton_topk.backward(x, weight, *pair, *pair, 1.0, False, *needed)
     elif kernel.startswith("gather"):
         triton_gather.forward(x, x, *routed, 2, *mask)
     elif kernel.startswith(("grouped", "route")):

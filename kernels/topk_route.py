@@ -58,7 +58,6 @@ def topk_route(
             x_TI, weight_EI.contiguous(), finite, *rest
         )
     else:
-        x_TI = triton_topk.unit_stride(x_TI)
         logits_TE, gates_TE = triton_topk.gates_of(
             x_TI, weight_EI.contiguous(), finite, *rest
         )

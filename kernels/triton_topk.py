@@ -239,14 +239,14 @@ def gates_of(
     """Logits and gates, [T, E] float32; see the module.
 
     Args:
-        x: [T, I] in 16 or 32 bits, unit stride in its rows.
+        x: [T, I] in 16 or 32 bits, any strides.
         weight: [E, I], contiguous.
         finite: One byte, set to 0 where a logit is not finite.
         top_k: Experts per token, at most E.
         temperature: Divides the logits.
         renormalize: Divide the gates by the sum of those that are kept.
     """
-    tokens, experts = len(x), len(weight)
+    x, tokens, experts = unit_stride(x), len(x), len(weight)
     logits = x.new_empty(tokens, experts, dtype=torch.float32)
     gates = torch.empty_like(logits)
     if not tokens:
@@ -354,7 +354,13 @@ class TopK(torch.autograd.Function):
         # read as they lie in memory
         dlogits = None if dlogits is None else dlogits.contiguous()
         dgates = None if dgates is None else dgates.contiguous()
-        needs = ctx.needs_input_grad[:2]
-        return *backward(*ctx.saved_tensors, dlogits, dgates, *ctx.rest, *needs), *(
-            None,
-        ) * 4
+        x, weight, logits, gates = ctx.saved_tensors
+        given = (x, weight, logits, gates, dlogits, dgates)
+        dx, dw = backward(
+            *given,
+            temperature=ctx.rest[0],
+            renormalize=ctx.rest[1],
+            need_x=ctx.needs_input_grad[0],
+            need_weight=ctx.needs_input_grad[1],
+        )
+        return dx, dw, *[None] * 4

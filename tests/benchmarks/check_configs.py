@@ -32,7 +32,7 @@ from molora.commands import session
 from molora.run_config import load_run_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-MOLORA = [sys.executable, "-c", "from molora.cli import main; main()"]
+MOLORA = [sys.executable, "-P", "-c", "from molora.cli import main; main()"]
 COLUMNS = ("train", "evaluate", "generate", "collapse", "merge", "export", "compare")
 NEAR = 1e-2
 """Largest difference of logits over the largest of them."""

@@ -2,9 +2,10 @@
 
     .venv/bin/python tests/benchmarks/check_quantised.py
 
-Each family is trained on one 4-bit or 8-bit layer, its loss must fall, then it is merged
-onto the dequantised weight, whose output must be that of the adapted layer. An 8-bit
-layer rounds its input as well, so there the two agree roughly. Exits with 1 if not.
+Each family is trained on a 4-bit and on an 8-bit layer, where its loss must fall, and
+merged onto the dequantised weight, whose output must be that of the adapted layer. An
+8-bit layer rounds its input as well, so there the two agree roughly. Exits with 1 if
+anything is wrong.
 """
 
 import sys

@@ -74,6 +74,35 @@ def test_the_sum_of_experts_and_its_gradients(form: str) -> None:
     near(dB.view(5, 3, 40).mT, want[2], "B")
 
 
+def test_five_sets_of_weights_score_as_the_authors_code_does() -> None:
+    t = load("lorahub_factors")
+    A_EI, B_EO = (torch.stack([t[f"{n}/{e}"] for e in range(3)]) for n in "AB")
+    raw = {
+        "target_modules": ["lin"],
+        "experts": {"kind": "lora", "num_experts": 3, "r": 3, "lora_alpha": 6},
+        "router": {"kind": "soft"},
+    }
+    holder = nn.Module()
+    holder.lin = nn.Linear(14, 10).double()
+    model = molora.wrap(holder, molora.AdapterConfig.from_dict(raw))
+    factors = dataclasses.replace(
+        SiteFactors.of(sites(model)["lin"]),
+        A_RI=A_EI.reshape(9, 14),
+        Bt_QO=B_EO.mT.reshape(9, 10),
+    )
+    scores = []
+    for number, w_E in enumerate(t["weights"]):
+        sum_ = made(form="factors").combined(factors, w_E)
+        y = nn.functional.linear(t["x"], t["base.weight"], t["base.bias"])
+        y = y + t["x"] @ sum_.A_rI.T @ sum_.Bt_rO
+        scores.append((y - t["target"]).square().mean() + 0.05 * w_E.abs().mean())
+        if number == 0:
+            near(sum_.A_rI, t["final.A"], "A")
+            near(sum_.Bt_rO.T, 2.0 * t["final.B"], "B")
+            near(y, t["y"], "y")
+    near(torch.stack(scores), t["score"], "score")
+
+
 class Regression(nn.Module):
     """One layer whose loss is the squared distance of a sum of features to a label."""
 

@@ -1,4 +1,4 @@
-"""What every router returns, and what all of them share.
+"""What all routers share.
 
 Shape legend (this folder)
     T tokens   B rows   I in features   E experts   K experts chosen per token
@@ -6,9 +6,8 @@ Shape legend (this folder)
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar
 
-import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -16,116 +15,9 @@ from molora.context import ForwardContext
 from molora.kernels import router_logits
 from molora.registry import Registry
 from molora.routers.gates import require_finite
-from molora.schema import Schema
-
-
-class Routing(NamedTuple):
-    """Where each token goes. Kernels, objectives and reports read only this."""
-
-    gates: Tensor
-    """[T, E], at least float32, zero where an expert is not used."""
-    full: Tensor | None
-    """[T, E] distribution before selection; None where it is softmax(logits)."""
-    logits: Tensor
-    """[T, E] after noise and temperature."""
-    top_k: int | None
-    """Experts that a token uses at most, where the router selects (E where their number
-    varies); None: it uses all. The gate of an expert that was not selected is zero and
-    nothing reads its gradient."""
-    sparsity: Tensor | None = None
-    """[T] lambda of LD-MoLE, which sets how many experts a token uses; else None."""
-    rows: Tensor | None = None
-    """[B, E] distribution of each row that ``full`` mixes with softmax(logits); None
-    where it mixes nothing in."""
-
-    @property
-    def probs(self) -> Tensor:
-        """[T, E] full distribution before selection, for the balance objectives."""
-        return torch.softmax(self.logits, -1) if self.full is None else self.full
-
-    def assigned(self) -> Tensor:
-        """Experts whose load a token counts for: the chosen ones, else the likeliest.
-
-        Returns:
-            [T, E] in the dtype of the gates, 1 where the token counts, else 0.
-        """
-        gates_TE = self.gates.detach()
-        if self.top_k is not None:
-            return gates_TE.sign()
-        top_T1 = self.probs.argmax(-1, keepdim=True)
-        return torch.zeros_like(gates_TE).scatter_(-1, top_T1, 1.0)
-
-    def load(self, weight_T: Tensor | None) -> Tensor:
-        """Number of real tokens assigned to each expert, [E].
-
-        Args:
-            weight_T: 1 at real tokens, 0 at padding; None when all are real.
-        """
-        assigned_TE = self.assigned()
-        if weight_T is None:
-            return assigned_TE.sum(0)
-        return weight_T.to(assigned_TE.dtype) @ assigned_TE
-
-    def per_token(self, repeats: int) -> "Routing":
-        """The routing of rows as that of their tokens, equally many each."""
-        values: list[Any] = [
-            value.repeat_interleave(repeats, 0) if isinstance(value, Tensor) else value
-            for value in self
-        ]
-        return Routing(*values)
-
-
-class RouterConfig(Schema):
-    """Settings of every router."""
-
-    kind: str
-    """Registered name."""
-    scope: Literal["site", "block", "model"] = "site"
-    """What shares one routing: every target layer routes for itself; the layers of one
-    module (an attention, an FFN) follow their first; or all follow the first."""
-    input: Literal["token", "sequence", "task"] = "token"
-    """What the router reads: the token's input to the target layer; its mean over the
-    prompt of the row; or the task of the row, one-hot."""
-    mix: Literal["layer", "block"] = "layer"
-    """What is mixed: the updates of each layer, or with scope block the outputs of
-    whole FFNs, in which each expert passes the nonlinearity by itself (MixLoRA)."""
-    tasks: list[str] = []
-    """With input: task, the names of the tasks."""
-
-    @pydantic.model_validator(mode="after")
-    def _blocks_are_shared(self) -> Self:
-        if self.mix == "block" and self.scope != "block":
-            raise ValueError(
-                f"mix: block has no meaning with scope: {self.scope}, since the layers "
-                "of an FFN must agree on its experts; set scope: block"
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _tasks_are_read(self) -> Self:
-        if (self.input == "task") != bool(self.tasks):
-            told = "names no task" if self.input == "task" else "has no effect"
-            raise ValueError(f"tasks: {told} with input: {self.input}")
-        if len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"tasks: a name is listed twice: {self.tasks}")
-        return self
-
-
-class GateConfig(RouterConfig):
-    """Settings of routers with a linear gate."""
-
-    temperature: float = pydantic.Field(default=1.0, gt=0)
-    """Divides the logits; above 1 flattens the gates."""
-    noise: float = pydantic.Field(default=0.0, ge=0)
-    """Standard deviation of Gaussian noise on the logits, in training only."""
-    init_range: float = pydantic.Field(default=0.02, ge=0)
-    """Standard deviation of the gate's initial weights; small means near uniform."""
-    expert_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
-    """Probability that a token cannot see an expert, in training only; the others share
-    its gate, and one expert always stays."""
-    capacity: float | None = pydantic.Field(default=None, ge=1)
-    """Multiple of the mean load that an expert serves, in training only; what goes
-    beyond is left to the base alone. None sets no limit."""
+from molora.routers.routing import Routing as Routing
+from molora.routers.settings import GateConfig as GateConfig
+from molora.routers.settings import RouterConfig as RouterConfig
 
 
 class AbstractRouter(nn.Module, abc.ABC):

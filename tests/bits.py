@@ -15,6 +15,25 @@ SINGLE = {"kind": "lora", "r": 4, "lora_alpha": 8}
 MIXTURE = {"kind": "lora", "num_experts": 3, "r": 4}
 
 
+class Single(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.lin = layer
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        y: Tensor = self.lin(inputs_embeds)
+        return y
+
+
+def single(weight: Tensor) -> Single:
+    """A model of one linear layer that holds a weight."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight.clone()
+    return Single(linear)
+
+
 def layer_of(
     kind: str, weight: Tensor, bias: Tensor | None = None, **settings: Any
 ) -> Any:

@@ -15,7 +15,7 @@ from molora.checkpoint import load_adapter_state
 from molora.errors import CheckpointError, ConfigError, WrapError
 from molora.model import adapter_parameters, sites
 from molora.quantized import bits_of, dequantised
-from tests.bits import layer_of, quantise
+from tests.bits import Single, layer_of, quantise, single
 from tests.oracle import load, near
 
 Factory = Callable[..., PreTrainedModel]
@@ -56,24 +56,6 @@ def test_nf4_of_stored_weights() -> None:
     assert (doubled - molora.nf4(o["big/w"])).abs().max() > 1e-4
 
 
-class Single(nn.Module):
-    """A model of one layer."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.lin = layer
-
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        y: Tensor = self.lin(inputs_embeds)
-        return y
-
-
-def plain(weight: Tensor) -> Single:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight.data = weight.clone()
-    return Single(linear)
-
-
 def settings(targets: Any, T: int, E: int = 1, **more: Any) -> molora.AdapterConfig:
     experts = {"kind": "lora", "num_experts": E, "r": 4, "lora_alpha": 4}
     init = {"init_lora_weights": f"loftq_iter_{T}"}
@@ -90,7 +72,7 @@ def of_file(T: int, E: int = 1, **more: Any) -> tuple[dict[str, Tensor], Single,
     o = load("loftq")
     model = Single(layer_of("nf4", o["w"], compress_statistics=False))
     config = settings(["lin"], T, E, **more)
-    molora.wrap(model, config, original=plain(o["w"]))
+    molora.wrap(model, config, original=single(o["w"]))
     return o, model, sites(model)["lin"]
 
 
@@ -132,7 +114,7 @@ def test_outputs_and_gradients_are_those_of_q_and_the_factors(T: int) -> None:
     """In float64, with PEFT's Q, A and B in the place of ours."""
     o, model, site = of_file(T, lora_alpha=6)
     Q, A, B = (o[f"{name}/{T}"].double() for name in "QAB")
-    site.base = plain(Q).lin
+    site.base = single(Q).lin
     site.experts.double()
     with torch.no_grad():
         site.experts.A.copy_(A)
@@ -183,7 +165,7 @@ def test_the_base_is_given_back(T: int) -> None:
     model = Single(layer)
     x = torch.randn(1, 5, 64)
     before = model(x)
-    molora.wrap(model, settings(["lin"], T), original=plain(o["w"]))
+    molora.wrap(model, settings(["lin"], T), original=single(o["w"]))
     assert (sites(model)["lin"].base is layer) == (T == 1)
     assert (model(x) - before).norm() > 0.01 * before.norm()
     with molora.disabled(model):
@@ -210,26 +192,26 @@ def test_a_saved_adapter_goes_onto_any_base(T: int, tmp_path: Path) -> None:
         with pytest.raises(WrapError, match=r"does not hold.*original=load_base"):
             molora.load(again, tmp_path)
         assert again.lin is given and type(again) is Single
-        other = plain(o["w"].flip(0))
+        other = single(o["w"].flip(0))
         with pytest.raises(WrapError, match="loftq: original is another model"):
             molora.load(again, tmp_path, original=other)
     else:
         with pytest.raises(WrapError, match="nothing here reads the unquantised"):
-            molora.load(again, tmp_path, original=plain(o["w"]))
-    twin = plain(o["w"]) if T > 1 else None
+            molora.load(again, tmp_path, original=single(o["w"]))
+    twin = single(o["w"]) if T > 1 else None
     molora.load(again, tmp_path, original=twin)
     assert torch.equal(again(x), want)
     molora.unwrap(again)
     assert again.lin is given
     # elsewhere it is what was learned that is added
-    for other in (plain(o["w"]), Single(layer_of("int8", o["w"]))):
+    for other in (single(o["w"]), Single(layer_of("int8", o["w"]))):
         base = other(x)
         molora.load(other, tmp_path)
         assert (other(x) - base - x @ learned.t()).abs().max() < 2e-2
         found = sites(other)["lin"]
         assert (found.delta_weight() - learned).abs().max() < 1e-5
     with pytest.raises(WrapError, match="nothing here reads the unquantised"):
-        molora.load(plain(o["w"]), tmp_path, original=plain(o["w"]))
+        molora.load(single(o["w"]), tmp_path, original=single(o["w"]))
 
 
 @pytest.mark.parametrize("mark", ["forward", "_hf_hook"])
@@ -240,7 +222,7 @@ def test_a_layer_with_hooks_of_accelerate_is_refused(mark: str) -> None:
     vars(layer)[mark] = layer.forward
     model = Single(layer)
     with pytest.raises(WrapError, match="hooks of accelerate.*one device"):
-        molora.wrap(model, settings(["lin"], 3), original=plain(o["w"]))
+        molora.wrap(model, settings(["lin"], 3), original=single(o["w"]))
     assert model.lin is layer
 
 
@@ -282,7 +264,7 @@ def test_merging_onto_both_weights(T: int) -> None:
     before = model(x)
     sums = {"dequantised": Q + trained, "original": o["w"] + trained - start}
     for base, want in sums.items():
-        molora.merge(model, base=base, original=plain(o["w"]))
+        molora.merge(model, base=base, original=single(o["w"]))
         assert (site.weight - want).abs().max() < 1e-5
         cost = molora.merge_costs(model)["lin"]
         apart = (sums["dequantised"] - sums["original"]).norm() / want.norm()
@@ -372,12 +354,12 @@ def test_what_is_exported_and_what_is_grown(
 def test_it_is_refused_where_it_means_nothing() -> None:
     o = load("loftq")
     held = Single(layer_of("nf4", o["w"]))
-    layer, twin = held.lin, plain(o["w"])
+    layer, twin = held.lin, single(o["w"])
     for model, config, original, message in (
         (held, settings(["lin"], 1), None, r"original=load_base\(name\)"),
-        (held, settings(["lin"], 5), plain(o["w"][:3]), "another model"),
+        (held, settings(["lin"], 5), single(o["w"][:3]), "another model"),
         (held, settings(["lin"], 1), held, "no unquantised linear layer 'lin'"),
-        (plain(o["w"]), settings(["lin"], 1), twin, r"model\.quantization: nf4"),
+        (single(o["w"]), settings(["lin"], 1), twin, r"model\.quantization: nf4"),
         (
             Single(layer_of("int8", o["w"])),
             settings(["lin"], 1),

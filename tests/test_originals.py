@@ -4,37 +4,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import molora
 from molora.errors import WrapError
 from molora.model import sites
 from molora.originals import originals
-from tests.bits import layer_of
+from tests.bits import Single, layer_of, single
 
 ADAPTER = {
     "target_modules": ["lin"],
     "experts": {"kind": "lora", "r": 4, "init_lora_weights": "loftq_iter_3"},
     "router": {"kind": "none"},
 }
-
-
-class Single(nn.Module):
-    """A model of one layer."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.lin = layer
-
-    def forward(self, inputs_embeds: Tensor) -> Tensor:
-        y: Tensor = self.lin(inputs_embeds)
-        return y
-
-
-def plain(weight: Tensor) -> Single:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight.data = weight.clone()
-    return Single(linear)
 
 
 def drawn(seed: int = 0) -> Tensor:
@@ -53,7 +35,7 @@ def test_the_original_in_either_dtype_is_taken(kind: str, was: torch.dtype) -> N
     held = layer_of(kind, drawn().to(was))
     for given in (torch.float32, torch.bfloat16):
         weight = drawn().to(given)
-        found = originals(plain(weight), {"lin": held}, "here")
+        found = originals(single(weight), {"lin": held}, "here")
         assert torch.equal(found["lin"], weight)
 
 
@@ -61,7 +43,7 @@ def test_the_original_in_either_dtype_is_taken(kind: str, was: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sibling_is_refused(kind: str, least: float, dtype: torch.dtype) -> None:
     held = layer_of(kind, drawn())
-    sibling = plain(moved(drawn(), 1e-2).to(dtype))
+    sibling = single(moved(drawn(), 1e-2).to(dtype))
     told = r"here: original is another model: its layer 'lin' gives [\d,]+ of 12,288 "
     with pytest.raises(WrapError, match=told) as raised:
         originals(sibling, {"lin": held}, "here")
@@ -81,37 +63,37 @@ def test_the_codes_are_those_of_nf4() -> None:
     near = weight.clone()
     near[0, 2] = levels[3]
     # 1 of 256 codes, then 3
-    assert originals(plain(near), {"lin": held}, "here")["lin"].shape == (4, 64)
+    assert originals(single(near), {"lin": held}, "here")["lin"].shape == (4, 64)
     near[1, 2] = near[2, 2] = levels[3]
     with pytest.raises(WrapError, match=r"gives 3 of 256 4-bit codes.*\(1\.2%"):
-        originals(plain(near), {"lin": held}, "here")
+        originals(single(near), {"lin": held}, "here")
 
 
 def test_another_shape_is_told() -> None:
     held = layer_of("nf4", drawn())
     with pytest.raises(WrapError, match=r"'lin' is \[95, 128\].* base \[96, 128\]"):
-        originals(plain(drawn()[:95]), {"lin": held}, "here")
+        originals(single(drawn()[:95]), {"lin": held}, "here")
 
 
 def test_layers_of_loftq_are_compared_as_they_came(tmp_path: Any) -> None:
     """The site computes with the codes of W - C, which W does not give."""
     config = molora.AdapterConfig.from_dict(ADAPTER)
-    sibling = plain(moved(drawn(), 1e-2))
+    sibling = single(moved(drawn(), 1e-2))
     model: Any = Single(layer_of("nf4", drawn()))
     given = model.lin
     with pytest.raises(WrapError, match="loftq: original is another model"):
         molora.wrap(model, config, original=sibling)
     assert model.lin is given and type(model) is Single
-    molora.wrap(model, config, original=plain(drawn().bfloat16().float()))
+    molora.wrap(model, config, original=single(drawn().bfloat16().float()))
     site = sites(model)["lin"]
     with pytest.raises(WrapError, match=r"'lin' gives .* 4-bit codes"):
-        originals(plain(drawn()), {"lin": site.base}, "here")
+        originals(single(drawn()), {"lin": site.base}, "here")
     model.save_pretrained(tmp_path)
     again = Single(layer_of("nf4", drawn()))
     with pytest.raises(WrapError, match="loftq: original is another model"):
         molora.load(again, tmp_path, original=sibling)
-    molora.load(again, tmp_path, original=plain(drawn()))
+    molora.load(again, tmp_path, original=single(drawn()))
     for wrapped in (model, again):
         with pytest.raises(WrapError, match="merge: original is another model"):
             molora.merge(wrapped, "original", sibling)
-        assert sites(molora.merge(wrapped, "original", plain(drawn())))["lin"].merged
+        assert sites(molora.merge(wrapped, "original", single(drawn())))["lin"].merged

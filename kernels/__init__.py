@@ -10,5 +10,5 @@ from molora.kernels.reference import reference as reference
 from molora.kernels.router_logits import router_logits as router_logits
 from molora.kernels.shared_shrink import expand as expand
 from molora.kernels.shared_shrink import shrink as shrink
-from molora.kernels.topk_route import can_route as can_route
-from molora.kernels.topk_route import topk_route as topk_route
+from molora.kernels.topk import can_route as can_route
+from molora.kernels.topk import topk_route as topk_route

@@ -34,8 +34,8 @@ from molora.run_config import load_run_config
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MOLORA = [sys.executable, "-P", "-c", "from molora.cli import main; main()"]
 COLUMNS = ("train", "evaluate", "generate", "collapse", "merge", "export", "compare")
-NEAR = 1e-2
-"""Largest difference of logits over the largest of them."""
+NEAR = {"torch.float32": 1e-3, "torch.bfloat16": 5e-2}
+"""Largest difference of logits over the largest of them, by the model's dtype."""
 SHORT = [
     "training.max_steps=2",
     "training.per_device_train_batch_size=2",
@@ -120,14 +120,16 @@ def compare(file: Path, folder: Path) -> dict[str, float]:
     if (folder / "peft").is_dir():
         found["PEFT"] = logits(PeftModel.from_pretrained(model, str(folder / "peft")))
     largest = ours.abs().max()
-    return {k: float((v - ours).abs().max() / largest) for k, v in found.items()}
+    off = {k: float((v - ours).abs().max() / largest) for k, v in found.items()}
+    return {**off, "limit": NEAR[str(kind)]}
 
 
 def wrong(found: dict[str, Any]) -> bool:
     """Whether a command failed, or what was written computes something else."""
     codes = [found[name]["code"] for name in COLUMNS if name in found]
     logits = found.get("logits", {})
-    far = [logits[name] > NEAR for name in ("merged", "PEFT") if name in logits]
+    written = [name for name in ("merged", "PEFT") if name in logits]
+    far = [logits[name] > logits["limit"] for name in written]
     return any(code not in (0, 2) for code in codes) or any(far)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import molora
+from molora import decode
 from molora.decode import _on_gpu, _plan
 from molora.kernels import topk_route
 from molora.layer import MoloraLinear
@@ -132,6 +133,37 @@ def test_what_is_drawn_or_scored_otherwise_goes_another_way(
     site = layer(router).train()
     site(torch.randn(3, 24))
     assert not kernels
+
+
+def test_own_scores_go_another_way(kernels: list[Any]) -> None:
+    class Own(topk_module.TopKRouter):
+        """A router that scores experts in its own way."""
+
+        def scores(self, x: Tensor) -> Tensor:
+            return -super().scores(x)
+
+    site = layer({"kind": "topk", "top_k": 2})
+    assert site.router is not None
+    site.router.__class__ = Own
+    assert site.router.in_one(torch.randn(3, 24)) is None
+    assert not kernels
+
+
+@torch.no_grad()
+def test_the_update_learns_how_many_experts_a_token_uses(
+    kernels: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    original = decode.lowrank_mixture
+
+    def noted(*args: Any, **settings: Any) -> Tensor:
+        told.append(settings)
+        return original(*args, **settings)
+
+    monkeypatch.setattr(decode, "lowrank_mixture", noted)
+    site = layer({"kind": "topk", "top_k": 3})
+    assert _on_gpu(site, torch.randn(2, 24), _plan(site)) is not None
+    assert told == [{"top_k": 3}] and len(kernels) == 1
 
 
 def test_a_bias_on_the_choice_goes_another_way(kernels: list[Any]) -> None:

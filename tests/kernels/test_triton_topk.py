@@ -122,6 +122,14 @@ def test_a_logit_that_is_not_finite_clears_the_flag(T: int, value: float) -> Non
     assert flag == 0
 
 
+def test_a_single_logit_that_is_not_finite_clears_the_flag() -> None:
+    x, weight = make(1, 24, 4)
+    weight[2, 5] = torch.inf
+    flag = torch.ones(1, dtype=torch.uint8)
+    logits, _ = triton_topk.gates_of(x, weight, flag, 2, 1.0, True)
+    assert torch.isfinite(logits).sum() == 3 and flag == 0
+
+
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = (t.requires_grad_() for t in make(40, 24, 4))
     flag = torch.ones(1, dtype=torch.uint8)

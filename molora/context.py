@@ -53,6 +53,7 @@ class ForwardContext:
         rows: B; None when the arguments do not tell.
         continues: Whether its tokens go on from a key-value cache that holds some.
         prompt: What the forward tells of the prompt, for routers that read it.
+        positions: S; None when the arguments do not tell.
         means: Means of the prompt that sites have read in this forward.
         routes: Routings of this forward that sites share, by the site that made them;
             those of a first pass by the site they are for.
@@ -69,6 +70,7 @@ class ForwardContext:
     rows: int | None = None
     continues: bool = False
     prompt: Prompt | None = None
+    positions: int | None = None
     means: Means = field(default_factory=dict, repr=False, compare=False)
     routes: "dict[str, Routing]" = field(
         default_factory=dict, repr=False, compare=False
@@ -176,7 +178,10 @@ class ForwardContext:
         """
         stacked = len(shape) == 3 and shape[0] > 1
         rows = self.rows or (shape[0] if len(shape) == 3 else 0)
-        flat = not stacked and rows > 0 and math.prod(shape[:-1]) % rows == 0
+        tokens = math.prod(shape[:-1])
+        # one row of positions for all rows of the batch has no task of its own
+        once = rows > 1 and tokens == self.positions
+        flat = not stacked and not once and rows > 0 and tokens % rows == 0
         if not (flat or (stacked and shape[0] == rows)):
             raise RoutingError(
                 f"site {site!r}: its input {tuple(shape)} does not line up with the "
@@ -345,4 +350,6 @@ def forward_context(
     length = getattr(arguments.get("past_key_values"), "get_seq_length", int)()
     # a tensor is on the device, and nothing here waits for that
     continues = isinstance(length, int) and length > 0
-    return ForwardContext(mask_BS, runtime.tasks, source, rows, continues, prompt)
+    return ForwardContext(
+        mask_BS, runtime.tasks, source, rows, continues, prompt, positions
+    )

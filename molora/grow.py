@@ -118,7 +118,9 @@ def _check_experts(site: MoloraLinear) -> None:
                 "sparse, which fixes the number of experts; growing needs "
                 "experts.shared within a layer and no trainability but frozen"
             )
-        if isinstance(part, FactorExperts) and not _starts_at_zero(part):
+        # on an embedding it is A that is zero at the start
+        looked_up = isinstance(site.base, nn.Embedding)
+        if isinstance(part, FactorExperts) and not _starts_at_zero(part, looked_up):
             raise WrapError(
                 f"{name} share {', '.join(part.config.scopes())}, which has been "
                 "trained, so a new expert would not start at zero; growing needs "
@@ -126,10 +128,10 @@ def _check_experts(site: MoloraLinear) -> None:
             )
 
 
-def _starts_at_zero(experts: FactorExperts) -> bool:
+def _starts_at_zero(experts: FactorExperts, looked_up: bool) -> bool:
     """Whether a new expert has no update beside tensors that were trained."""
     shared = experts.config.scopes()
-    if isinstance(experts, StartedExperts) and experts.correction:
+    if looked_up or (isinstance(experts, StartedExperts) and experts.correction):
         return not shared
     return not shared.keys() & set(experts.config.zero_tensors())
 

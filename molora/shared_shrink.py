@@ -58,6 +58,9 @@ def update(
     if torch.compiler.is_compiling() or x.is_inference():
         return None
     leader = site.leader or site
+    # ids and pixels are not tokens to multiply
+    if not leader.host.by_token:
+        return None
     if leader is site:
         _begin(site, x, routing, context)
     shrunk = context.shrunk.get(leader.path)

@@ -129,7 +129,7 @@ def _export_lora(
 
 def _check_takes_bias(site: MoloraLinear) -> None:
     """Refuse a LoRA with a bias where PEFT has none."""
-    if site.bias is None and not site.host.by_token:
+    if isinstance(site.base, nn.Embedding):
         raise WrapError(
             f"site {site.path!r}: some layers change their bias (lora_bias), which "
             "PEFT does not have on an embedding; exclude this layer, or "

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import molora
+from molora.context import ForwardContext
 from molora.errors import CheckpointError, ConfigError, RoutingError, WrapError
 from molora.fingerprint import fingerprint
 from molora.model import adapter_parameters, sites
@@ -380,6 +381,35 @@ def test_one_routing_for_all_layers(tiny_llama: Factory) -> None:
     assert site.router.gate.weight.shape == (3, 32)
     assert site.router.gate.weight.grad.any()
     assert others and sites(model)["model.layers.0.self_attn.q_proj"].router is None
+
+
+def test_a_block_that_begins_with_an_embedding_routes_as_the_site_alone() -> None:
+    outputs = []
+    for scope in ("site", "block"):
+        router = {"kind": "topk", "top_k": 2, "scope": scope}
+        model, _ = wrapped(nn.Embedding(11, 6), router, num_experts=3, r=2)
+        torch.manual_seed(0)
+        model.emb.base.weight.data.normal_()
+        fill(model)
+        outputs.append(model(torch.tensor([[1, 5, 10], [0, 2, 2]])))
+    assert outputs[0].abs().sum() > 0 and torch.equal(*outputs)
+
+
+def test_positions_looked_up_once_for_all_rows_have_no_task() -> None:
+    context = ForwardContext(tasks=("sql", "chat"), rows=2, positions=6)
+    for shape in [(1, 6, 8), (6, 8)]:
+        with pytest.raises(RoutingError, match="does not line up with the 2 rows"):
+            context.token_rows(shape, "wpe")
+    assert context.token_rows((12, 8), "up").tasks == ("sql", "chat")
+    alone = ForwardContext(tasks=("sql",), rows=1, positions=6)
+    assert alone.token_rows((1, 6, 8), "wpe").tasks == ("sql",)
+
+
+def test_a_shared_factor_that_began_at_zero_cannot_grow() -> None:
+    router = {"kind": "topk", "top_k": 2}
+    model, _ = wrapped(nn.Embedding(11, 6), router, num_experts=3, r=2, shared=["A"])
+    with pytest.raises(WrapError, match="'emb'.*would not start at zero"):
+        molora.grow(model)
 
 
 def test_a_table_at_two_places_is_refused() -> None:

@@ -36,12 +36,11 @@ class EmbeddingHost(Host):
 
     Limitations: families that are a product of two factors only; no ``lora_dropout``,
     which PEFT leaves out silently; no ``max_norm``, which changes the frozen table in
-    every forward. Where A does not start at zero (frozen or seeded, another start, another
-    family) the row of ``padding_idx`` is changed as well, and A is as small as for V
-    inputs, though one of them is read. The gradient of A is dense, [r, V] for each
-    expert. Each table is a
-    target of its own: T5 and BART never call ``shared``, name ``encoder.embed_tokens``
-    and ``decoder.embed_tokens`` there.
+    every forward. Where A does not start at zero (frozen or seeded, another start,
+    another family) the row of ``padding_idx`` is changed as well, and A is as small as
+    for V inputs, though one of them is read. The gradient of A is dense, [r, V] for
+    each expert. Each table is a target of its own: T5 and BART never call ``shared``,
+    name ``encoder.embed_tokens`` and ``decoder.embed_tokens`` there.
     """
 
     LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)

@@ -123,7 +123,10 @@ def _is_special(site: "MoloraLinear", plan: Plan, x: Tensor) -> bool:
     if router is not None:
         weights.append(router._modules["gate"]._parameters.get("weight"))
     alike = base is not None and base.dtype == dtype
-    alike = alike and all(w is not None and w.dtype == wide for w in weights)
+    # an offloaded factor arrives when its module is called, which is not done here
+    alike = alike and all(
+        w is not None and w.dtype == wide and w.device == x.device for w in weights
+    )
     return not alike or torch.is_autocast_enabled(x.device.type)
 
 

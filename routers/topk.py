@@ -79,7 +79,9 @@ class TopKRouter(LinearGateRouter):
         """See base class."""
         config, weight_EI = self.config, self.gate.weight
         drawn = self.training and (config.noise or config.expert_dropout)
-        own = type(self).scores is not LinearGateRouter.scores
+        kind, plain = type(self), LinearGateRouter
+        steps = ("scores", "logits", "available")
+        own = any(getattr(kind, step) is not getattr(plain, step) for step in steps)
         if drawn or own or self.epsilon or self.bias_E is not None:
             return None
         if not can_route(x, weight_EI):

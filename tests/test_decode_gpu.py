@@ -135,16 +135,13 @@ def test_what_is_drawn_or_scored_otherwise_goes_another_way(
     assert not kernels
 
 
-def test_own_scores_go_another_way(kernels: list[Any]) -> None:
-    class Own(topk_module.TopKRouter):
-        """A router that scores experts in its own way."""
-
-        def scores(self, x: Tensor) -> Tensor:
-            return -super().scores(x)
-
+@pytest.mark.parametrize("step", ["scores", "logits", "available"])
+def test_own_scores_go_another_way(kernels: list[Any], step: str) -> None:
+    kind = topk_module.TopKRouter
+    own = type("Own", (kind,), {step: lambda self, x: -getattr(kind, step)(self, x)})
     site = layer({"kind": "topk", "top_k": 2})
     assert site.router is not None
-    site.router.__class__ = Own
+    site.router.__class__ = own
     assert site.router.in_one(torch.randn(3, 24)) is None
     assert not kernels
 
@@ -164,6 +161,15 @@ def test_the_update_learns_how_many_experts_a_token_uses(
     site = layer({"kind": "topk", "top_k": 3})
     assert _on_gpu(site, torch.randn(2, 24), _plan(site)) is not None
     assert told == [{"top_k": 3}] and len(kernels) == 1
+
+
+@torch.no_grad()
+def test_a_factor_on_another_device_is_no_plain_case() -> None:
+    site, x = layer(None, num_experts=1), torch.randn(1, 24)
+    plan = _plan(site)
+    assert not decode._is_special(site, plan, x)
+    site.experts.A = nn.Parameter(site.experts.A.to("meta"))  # type: ignore[operator]
+    assert decode._is_special(site, plan, x)
 
 
 def test_a_bias_on_the_choice_goes_another_way(kernels: list[Any]) -> None:

@@ -89,7 +89,7 @@ class AdapterConfig(Schema):
         registry = EXPERTS if info.field_name == "experts" else ROUTERS
         if not isinstance(raw, Mapping):
             return raw
-        return _build(registry, raw, str(info.field_name))
+        return build_block(registry, raw, str(info.field_name))
 
     @pydantic.field_validator("balance", mode="before")
     @classmethod
@@ -101,7 +101,7 @@ class AdapterConfig(Schema):
             try:
                 is_block = isinstance(item, Mapping)
                 where = f"balance[{i}]"
-                built.append(_build(OBJECTIVES, item, where) if is_block else item)
+                built.append(build_block(OBJECTIVES, item, where) if is_block else item)
             except ConfigError as error:
                 problems.append(str(error))
         if problems:
@@ -262,7 +262,7 @@ def _regex(value: str) -> str:
     return value
 
 
-def _build(registry: Any, raw: Mapping[str, Any], where: str) -> Any:
+def build_block(registry: Any, raw: Mapping[str, Any], where: str) -> Any:
     """Build one registered settings block from its ``kind``."""
     if "kind" not in raw:
         names = ", ".join(registry.names())
@@ -282,7 +282,7 @@ def _replace(registry: Any, base: Any, changes: dict[str, Any], where: str) -> A
     if changes.get("kind", base.kind) != base.kind:
         keep = {"num_experts": before["num_experts"]} if "num_experts" in before else {}
         before = keep
-    return _build(registry, {**before, **changes}, where)
+    return build_block(registry, {**before, **changes}, where)
 
 
 def _check_pair(experts: ExpertsConfig, router: RouterConfig, where: str) -> None:

@@ -20,6 +20,7 @@ from molora.saved import read_settings
 from molora.schema import Schema, nearest
 from molora.training.arguments import build_arguments
 from molora.training.data import DataConfig
+from molora.training.recipes import RECIPES
 from molora.training.sources import is_local_file
 
 _OF_BITSANDBYTES = re.compile("paged_|lion_|ademamix|adamw_8bit|.*_bnb")
@@ -164,6 +165,16 @@ class RunConfig(Schema):
                     f"adapter.router: {router.kind} knows no expert for the tasks "
                     f"{unknown} of data.tasks; it knows {sorted(known)}"
                 )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _recipe_fits(self) -> Self:
+        _, settings = build_arguments(self.training)
+        if settings.recipe is not None:
+            recipe = RECIPES[settings.recipe.kind]
+            reason = recipe.check(settings.recipe, self.adapter)
+            if reason:
+                raise ConfigError(f"training.recipe: {reason}")
         return self
 
     @pydantic.model_validator(mode="after")

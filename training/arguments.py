@@ -16,8 +16,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from molora.config import build_block
 from molora.errors import ConfigError
 from molora.schema import Schema, nearest
+from molora.training.recipes import RECIPES, RecipeConfig
 
 DEFAULTS: dict[str, Any] = {
     "label_names": ["labels"],
@@ -58,6 +60,14 @@ class MoloraTrainingSettings(Schema):
     collapse_weight: float = pydantic.Field(default=0.8, gt=0, lt=1)
     """A router of three or more experts has collapsed when one of them has more than
     this part of the weight."""
+    recipe: pydantic.SerializeAsAny[RecipeConfig] | None = None
+    """What training does beside minimising the loss, by ``kind``: prune ranks, freeze
+    tensors and the like; see molora methods."""
+
+    @pydantic.field_validator("recipe", mode="before")
+    @classmethod
+    def _build_recipe(cls, raw: Any) -> Any:
+        return build_block(RECIPES, raw, "recipe") if isinstance(raw, Mapping) else raw
 
 
 def build_arguments(

@@ -29,13 +29,14 @@ from molora.training.checks import check_model, check_setup, datasets
 from molora.training.guard import StepGuard
 from molora.training.mixture import TaskMixture
 from molora.training.monitor import RoutingMonitor
+from molora.training.recipe_mixin import RecipeMixin
 from molora.training.routing_log import LOG_NAME, RoutingLog, scalars, summary
 from molora.training.sampling import Collator, MixtureSampler
 
 logger = logging.getLogger(__name__)
 
 
-class MoloraTrainerMixin(ApartMixin, CheckpointingMixin):
+class MoloraTrainerMixin(ApartMixin, RecipeMixin, CheckpointingMixin):
     """Trains the adapter of a wrapped model.
 
     Beside what the trainer it stands before does:
@@ -50,6 +51,8 @@ class MoloraTrainerMixin(ApartMixin, CheckpointingMixin):
       TensorBoard, and a router that collapses is warned of;
     - adapters that rows name (router.kind ``adapter``) are trained as if each were
       trained by itself, see ``ApartMixin``;
+    - ``settings.recipe`` prunes ranks, freezes tensors and the like while it trains,
+      see ``RecipeMixin``;
     - checkpoints appear whole or not at all, hold no pickle, and are verified before
       they are resumed from. A resumed run equals one that never stopped, bit for bit.
 
@@ -94,6 +97,7 @@ class MoloraTrainerMixin(ApartMixin, CheckpointingMixin):
         self.set_up_apart()
         self.args.logging_nan_inf_filter = False
         self.settings = settings or MoloraTrainingSettings()
+        self.set_up_recipe(self.settings.recipe)
         self.guard = StepGuard(self.settings.max_skipped_steps)
         self.monitor: RoutingMonitor | None = None
         self.routing_log: RoutingLog | None = None
@@ -249,6 +253,7 @@ class MoloraTrainerMixin(ApartMixin, CheckpointingMixin):
         if self.monitor.places and self.is_world_process_zero():
             path = Path(self.args.output_dir) / LOG_NAME
             self.routing_log = RoutingLog(path, self.state.global_step)
+        self.begin_recipe(self.resumed)
         if self.resumed is not None:
             self._restore(self.resumed)
 
@@ -262,6 +267,7 @@ class MoloraTrainerMixin(ApartMixin, CheckpointingMixin):
             "unsupervised": int(self._unsupervised),
             "guard": self.guard.state(),
             "routing": self.monitor.state(),
+            "recipe": self.recipe_progress(),
             "settings": self._settings(),
         }
 
@@ -288,12 +294,14 @@ class MoloraTrainerMixin(ApartMixin, CheckpointingMixin):
         """What must stay for a resumed run to equal one that never stopped."""
         args = self.args
         rows: Any = self.sampler or self.train_dataset
+        recipe = self.settings.recipe
         return {
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "seed": args.seed,
             "data_seed": args.data_seed,
             "max_steps": self.state.max_steps,
+            "recipe": None if recipe is None else recipe.to_dict(),
             "the number of rows": len(rows) if hasattr(rows, "__len__") else None,
         }
 
@@ -337,9 +345,14 @@ class _Events(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.begin()
 
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.before_recipe_step(self.trainer.guard.in_row == 0)
+
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # a step that was left out leaves its gradient norm on record
-        after_optimizer_step(self.trainer.model, self.trainer.guard.in_row == 0)
+        taken = self.trainer.guard.in_row == 0
+        after_optimizer_step(self.trainer.model, taken)
+        self.trainer.after_recipe_step(taken)
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         # under several processes accelerate does not reach the sampler after a resume

@@ -19,6 +19,7 @@ from molora.run_config import RunConfig
 from molora.saved import SavedAdapter, read_adapter
 from molora.systems import SYSTEMS
 from molora.training.data import build_mixture, load_task_rows
+from molora.training.recipes import RECIPES
 from molora.training.tasks import Split
 from molora.usage import layer_of
 
@@ -27,6 +28,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "router": ROUTERS,
     "balance": OBJECTIVES,
     "collapse": COLLAPSERS,
+    "training.recipe": RECIPES,
 }
 """Every table of names, by the section of the YAML that names them."""
 

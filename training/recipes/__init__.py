@@ -1,1 +1,6 @@
-"""Training recipes: learning rates, schedules and hooks."""
+"""Training recipes: what training does beside minimising the loss."""
+
+from molora.training.recipes.adalora import AdaLoRA as AdaLoRA
+from molora.training.recipes.base import RECIPES as RECIPES
+from molora.training.recipes.base import Recipe as Recipe
+from molora.training.recipes.base import RecipeConfig as RecipeConfig

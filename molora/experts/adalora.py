@@ -27,8 +27,8 @@ from molora.experts.peft_form import PeftForm
 class AdaLoRAExperts(DiagonalExperts):
     """E pseudo-SVDs with singular values of their own.
 
-    Limitations: ranks are pruned by hand with ``mask_ranks``; the budget schedule and
-    the orthogonality loss belong to training.
+    Limitations: ranks are pruned by ``training.recipe`` adalora, which also adds the
+    orthogonality penalty, or by hand with ``mask_ranks``.
 
     Args:
         config: Settings.

@@ -39,7 +39,14 @@ from torch.optim import Optimizer
 from molora.config import AdapterConfig
 from molora.errors import TrainingError
 from molora.experts.adalora import AdaLoRAExperts
-from molora.training.recipes.base import RECIPES, Recipe, RecipeConfig, whole
+from molora.training.recipes.base import (
+    RECIPES,
+    Recipe,
+    RecipeConfig,
+    Steps,
+    steps_of,
+    whole,
+)
 
 TENSORS = ("E", "A", "Bt")
 
@@ -49,8 +56,8 @@ class AdaLoRA(Recipe):
     """Prunes the singular values of AdaLoRA experts down to a budget.
 
     Limitations: layers share no tensor (experts of one layer may share A or B); the
-    penalty wants A and B trained. The names of the settings are those of PEFT, but
-    ``tinit``, ``tfinal`` and ``deltaT`` count steps of the optimizer.
+    penalty wants A and B trained. Scores are kept for every value, twice the memory of
+    the experts.
 
     Args:
         config: Settings.
@@ -69,10 +76,10 @@ class AdaLoRA(Recipe):
         """Registered name."""
         target_r: int = pydantic.Field(default=8, ge=1)
         """Mean rank of an expert in the end."""
-        tinit: int = pydantic.Field(default=0, ge=0)
-        """Steps before any rank is pruned."""
-        tfinal: int = pydantic.Field(default=0, ge=0)
-        """Steps at the end that keep the ranks as they are."""
+        tinit: Steps = 0
+        """Steps before any rank is pruned, or their share of the run."""
+        tfinal: Steps = 0
+        """Steps at the end that keep the ranks as they are, or their share."""
         deltaT: int = pydantic.Field(default=1, ge=1)
         """Steps from one choice of ranks to the next."""
         beta1: float = pydantic.Field(default=0.85, gt=0, lt=1)
@@ -88,6 +95,8 @@ class AdaLoRA(Recipe):
         super().__init__(config, model)
         self.initial = self.target = 0
         """Triplets of the model at first and in the end."""
+        self.start = self.end = 0
+        """Steps after which choosing begins, and ends."""
         self._means: dict[str, tuple[Tensor, Tensor]] = {}
         self._keep: dict[str, Tensor] = {}
         self._is_final = False
@@ -112,7 +121,9 @@ class AdaLoRA(Recipe):
         """See base class."""
         super().begin(total_steps)
         config = self.config
-        if config.tinit + config.tfinal >= total_steps:
+        self.start = steps_of(config.tinit, total_steps)
+        self.end = total_steps - steps_of(config.tfinal, total_steps)
+        if self.start >= self.end:
             raise TrainingError(
                 f"recipe.tinit={config.tinit} and recipe.tfinal={config.tfinal} leave "
                 f"none of the {total_steps} steps of this run to choose ranks in; "
@@ -125,13 +136,11 @@ class AdaLoRA(Recipe):
 
     def budget(self, step: int) -> int:
         """Triplets that are kept after a step, b(t)."""
-        config = self.config
-        if step <= config.tinit:
+        if step <= self.start:
             return self.initial
-        end = self.total_steps - config.tfinal
-        if step >= end:
+        if step >= self.end:
             return self.target
-        left = 1 - (step - config.tinit) / (end - config.tinit)
+        left = 1 - (step - self.start) / (self.end - self.start)
         return int(self.target + (self.initial - self.target) * left**3)
 
     def penalised(self) -> list[nn.Parameter]:
@@ -154,14 +163,13 @@ class AdaLoRA(Recipe):
     @torch.no_grad()
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """See base class."""
-        end = self.total_steps - self.config.tfinal
-        if step < end:
+        if step < self.end:
             self._measure()
-            if step <= self.config.tinit or step % self.config.deltaT:
+            if step <= self.start or step % self.config.deltaT:
                 return
         if not self._is_final:
             self._keep = self._choose(self.initial - self.budget(step))
-            self._is_final = step >= end
+            self._is_final = step >= self.end
         for path, part in self._experts().items():
             part.mask_ranks(self._keep[path])
 

@@ -10,9 +10,10 @@ calls them itself.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,7 +22,28 @@ from molora.errors import TrainingError
 from molora.experts.base import EXPERTS, AbstractExperts, ExpertsConfig
 from molora.model import sites
 from molora.registry import Registry
+from molora.routers import AdapterRouter
 from molora.schema import Schema
+
+_APART = (
+    "recipe {!r} looks at all experts together, and router.kind adapter trains each by "
+    "itself; train them one by one, or leave the recipe out"
+)
+
+
+def _is_steps(value: int | float) -> int | float:
+    if value >= 1 and value != int(value):
+        raise ValueError("give whole steps, or a share of the run below 1")
+    return value
+
+
+Steps = Annotated[int | float, Field(ge=0), AfterValidator(_is_steps)]
+"""Steps of the optimizer; below 1, a share of the run's."""
+
+
+def steps_of(value: int | float, total_steps: int) -> int:
+    """Number of steps that a setting stands for, cut off to whole ones."""
+    return int(value * total_steps) if value < 1 else int(value)
 
 
 class RecipeConfig(Schema):
@@ -60,6 +82,9 @@ class Recipe:
                 f"{' or '.join(self.families)}, and this model has none; set "
                 "experts.kind, or leave the recipe out"
             )
+        routers = [site.router for site in sites(model).values()]
+        if any(isinstance(router, AdapterRouter) for router in routers):
+            raise TrainingError(_APART.format(config.kind))
         self.total_steps = 0
 
     @classmethod
@@ -72,6 +97,8 @@ class Recipe:
                 f"and adapter.experts has {', '.join(sorted(kinds))}; change one of "
                 "the two, or leave the recipe out"
             )
+        if any(router.kind == "adapter" for router in adapter.routers()):
+            return _APART.format(config.kind)
         return None
 
     def begin(self, total_steps: int) -> None:

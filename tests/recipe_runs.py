@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import molora
 from molora.model import adapter_parameters
+from molora.run_config import RunConfig
 from molora.training import Collator, MoloraTrainer, MoloraTrainingSettings, TaskMixture
 from molora.training.mixture import TaskRows
 
@@ -82,6 +83,18 @@ def wrapped(base: Any, experts: dict[str, Any], router: Any = None) -> Any:
     if router is not None:
         raw["router"] = router
     return molora.wrap(base, molora.AdapterConfig.from_dict(raw))
+
+
+def run_config(recipe: Any, experts: Any, **more: Any) -> RunConfig:
+    """A run with this recipe and these experts."""
+    task = {"name": "sql", "train": "a.jsonl", "eval": "b.jsonl"}
+    return RunConfig.from_dict(
+        {
+            "adapter": {"target_modules": ["q_proj"], "experts": experts, **more},
+            "data": {"tasks": [task]},
+            "training": {"output_dir": "out", "recipe": recipe},
+        }
+    )
 
 
 def outcome(trainer: MoloraTrainer) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 
 from molora.errors import CheckpointError, ConfigError, TrainingError
 from molora.model import adapter_parameters, sites
-from molora.run_config import RunConfig
 from molora.training import MoloraTrainingSettings
 from molora.training.recipes import RECIPES
-from tests.recipe_runs import check_resume, trainer_for, wrapped
+from tests.recipe_runs import check_resume, run_config, trainer_for, wrapped
 
 Factory = Callable[..., PreTrainedModel]
 EXPERTS = {"kind": "adalora", "num_experts": 3, "init_r": 4}
@@ -205,17 +204,6 @@ def test_changed_settings_are_told(
     path = str(tmp_path / "checkpoint-6")
     made(tiny_llama, tmp_path, recipe=changed).train(resume_from_checkpoint=path)
     assert "recipe changed since the checkpoint" in caplog.text
-
-
-def run_config(recipe: Any, experts: Any, **more: Any) -> RunConfig:
-    task = {"name": "sql", "train": "a.jsonl", "eval": "b.jsonl"}
-    return RunConfig.from_dict(
-        {
-            "adapter": {"target_modules": ["q_proj"], "experts": experts, **more},
-            "data": {"tasks": [task]},
-            "training": {"output_dir": "out", "recipe": recipe},
-        }
-    )
 
 
 ADALORA = {"kind": "adalora", "init_r": 6}

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from molora.errors import DataError
 from molora.training.encoding import Encoded, num_learned
 
 
@@ -131,6 +132,48 @@ class TaskMixture(torch.utils.data.Dataset[Encoded]):
                 for part, share in zip(parts, shares, strict=True)
             }
         )
+
+    def split(self, share: float, seed: int = 0) -> tuple["TaskMixture", "TaskMixture"]:
+        """Hold rows of every task out.
+
+        Args:
+            share: Part of a task's rows that is held out, rounded, one at least.
+            seed: Of the choice.
+
+        Returns:
+            The other rows, with an epoch that is shorter by that part, and those that
+            are held out, of which an epoch sees all.
+
+        Raises:
+            DataError: A task would have no row left.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        kept, held = [], []
+        offset = 0
+        for name, size in zip(self.task_names, self.sizes, strict=True):
+            out = max(1, round(share * size))
+            if size and out >= size:
+                raise DataError(
+                    f"task {name!r} has {size} rows, of which {out} are to be held "
+                    "out; give it more rows, or leave it out"
+                )
+            order = torch.randperm(size, generator=generator).tolist()
+            kept.append(self._part(name, sorted(offset + i for i in order[out:])))
+            held.append(self._part(name, sorted(offset + i for i in order[:out])))
+            offset += size
+        shorter = max(1, round(self.epoch_size * (1 - share)))
+        sizes = [len(part) for part in held]
+        shares = [size / sum(sizes) for size in sizes]
+        return (
+            TaskMixture(kept, self.shares, shorter),
+            TaskMixture(held, shares, sum(sizes)),
+        )
+
+    def _part(self, name: str, rows: Sequence[int]) -> TaskRows:
+        part = TaskRows(name)
+        for row in rows:
+            part.add(self[row])
+        return part
 
     def __len__(self) -> int:
         return len(self._task_ids)

@@ -1,5 +1,6 @@
 """What a trainer does for its recipe; what a recipe is stands in recipes/base.py."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,7 +8,42 @@ from torch import Tensor
 from transformers import Trainer
 
 from molora.errors import CheckpointError, TrainingError
+from molora.training.mixture import TaskMixture
 from molora.training.recipes import RECIPES, Recipe, RecipeConfig
+from molora.training.sampling import MixtureSampler
+
+logger = logging.getLogger(__name__)
+
+
+class _Held:
+    """Loss of the model on batches of rows that are held out.
+
+    Args:
+        trainer: Whose model and loss they are for.
+        rows: In an order of their own for each pass.
+    """
+
+    def __init__(self, trainer: Any, rows: TaskMixture):
+        self.trainer = trainer
+        self.rows = rows
+        self.sampler = MixtureSampler(rows, seed=trainer.args.seed)
+
+    def __call__(self, index: int) -> Tensor:
+        """Mean loss of a batch, by its number, in evaluation mode."""
+        trainer = self.trainer
+        size = min(trainer.args.per_device_train_batch_size, len(self.rows))
+        passed, place = divmod(index, len(self.rows) // size)
+        order = self.sampler.draw(passed)[place * size : (place + 1) * size]
+        batch = trainer.data_collator([self.rows[row] for row in order])
+        was_training = trainer.model.training
+        trainer.model.eval()
+        try:
+            with trainer.compute_loss_context_manager():
+                inputs = trainer._prepare_inputs(batch)
+                loss: Tensor = trainer.compute_loss(trainer.model, inputs)
+        finally:
+            trainer.model.train(was_training)
+        return loss
 
 
 class RecipeMixin(Trainer):
@@ -17,7 +53,9 @@ class RecipeMixin(Trainer):
     A step whose gradient is not finite is left out for the recipe too.
 
     Limitations: a recipe whose parameters have optimizer settings of their own takes
-    the optimizer that ``args.optim`` names, none of the caller's.
+    the optimizer that ``args.optim`` names, none of the caller's. One that holds rows
+    out runs them as in evaluation, without dropout, noise and activation checkpointing,
+    in batches of ``per_device_train_batch_size``.
     """
 
     # transformers declares that these may be None, which they are not while training
@@ -46,6 +84,29 @@ class RecipeMixin(Trainer):
                 f"{where} gives some parameters optimizer settings of their own, which "
                 "does not go with an optimizer of your own; leave that out"
             )
+        share = self.recipe.held_share()
+        if share:
+            self._hold_out(share, where)
+
+    def _hold_out(self, share: float, where: str) -> None:
+        """Split the training rows, and give the recipe the loss on its part."""
+        assert self.recipe is not None
+        if not isinstance(self.train_dataset, TaskMixture):
+            raise TrainingError(
+                f"{where} holds rows out of training, which needs a TaskMixture "
+                "(build_mixture) as the training set"
+            )
+        if self.args.fp16:
+            raise TrainingError(
+                f"{where} takes gradients of its own, which fp16's loss scale does not "
+                "cover; set bf16 in its place"
+            )
+        rest, rows = self.train_dataset.split(share, self.args.seed)
+        self.train_dataset = rest
+        logger.info(
+            "%s holds %d of %d rows out", where, len(rows), len(rows) + len(rest)
+        )
+        self.recipe.held = _Held(self, rows)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer, with the recipe's own groups in it."""
@@ -94,7 +155,7 @@ class RecipeMixin(Trainer):
         if self.recipe is not None and self.accelerator.sync_gradients:
             scaler = self.accelerator.scaler
             scale = 1.0 if scaler is None else scaler.get_scale()
-            self._penalty = self.recipe.add_penalty(scale)
+            self._penalty = self.recipe.after_backward(scale)
         return loss
 
     def before_recipe_step(self, taken: bool) -> None:

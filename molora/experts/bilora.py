@@ -7,7 +7,8 @@
     sigmoid  f(v) = sigmoid(v), nearly binary
 
 The two levels (P and Q on one part of the data, Lambda on another) and the
-orthogonality loss belong to training. There is no scale.
+orthogonality loss are ``training.recipe`` bilora; without it all train together. There
+is no scale.
 
 With raw, P and Q are drawn from N(0, 0.02^2) and Lambda is zero. The others have no
 zero: there P is zero, and Lambda is even.

@@ -281,3 +281,32 @@ def test_eval_rows_that_cannot_be_scored_are_named(
     raw["messages"].pop()
     with pytest.raises(DataError, match="cannot tell where a generated answer ends"):
         build(raw, exact_match=True)
+
+
+def rows_of(mixture: TaskMixture) -> list[tuple[int, list[int]]]:
+    rows = (mixture[i] for i in range(len(mixture)))
+    return [(row["task_id"], row["input_ids"]) for row in rows]
+
+
+def test_rows_are_held_out_task_by_task() -> None:
+    parts = [TaskRows("a"), TaskRows("b")]
+    for task, count in enumerate([10, 3]):
+        for i in range(count):
+            ids = [100 * task + i, 7, 8]
+            parts[task].add({"input_ids": ids, "labels": ids, "task_id": task})
+    mixture = TaskMixture(parts, [0.3, 0.7], 40)
+    rest, held = mixture.split(0.2, seed=1)
+    assert (rest.sizes, held.sizes) == ([8, 2], [2, 1])
+    assert (rest.shares, rest.epoch_size) == ([0.3, 0.7], 32)
+    assert held.shares == [2 / 3, 1 / 3] and held.epoch_size == 3
+    assert sorted(rows_of(rest) + rows_of(held)) == rows_of(mixture)
+    assert rest[9]["labels"] == rest[9]["input_ids"] and rest[9]["task_id"] == 1
+    assert rest.summary.tasks["a"].tokens == 24
+    assert rows_of(mixture.split(0.2, seed=1)[1]) == rows_of(held)
+    assert any(
+        rows_of(mixture.split(0.2, seed=s)[1]) != rows_of(held) for s in range(5)
+    )
+    with pytest.raises(
+        DataError, match="task 'b' has 3 rows, of which 3 are to be held"
+    ):
+        mixture.split(0.9)

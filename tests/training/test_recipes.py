@@ -266,7 +266,7 @@ def test_own_loops_need_no_trainer(tiny_llama: Factory) -> None:
     ids = torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(0))
     for step in range(1, 5):
         model(ids, labels=ids).loss.backward()
-        recipe.add_penalty()
+        recipe.after_backward()
         recipe.before_step(step)
         optimizer.step()
         recipe.after_step(step, optimizer)

@@ -44,6 +44,7 @@ from molora.training.recipes.base import (
     Recipe,
     RecipeConfig,
     Steps,
+    gram_error,
     steps_of,
     whole,
 )
@@ -151,13 +152,9 @@ class AdaLoRA(Recipe):
 
     def penalty(self) -> Tensor:
         """See base class."""
-        norms = []
         place = self.penalised()[0].device
-        for rows in self.penalised():
-            wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            gram = wide @ wide.transpose(1, 2)
-            one = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-            norms.append(torch.linalg.matrix_norm(gram - one).to(place))
+        errors = [gram_error(rows) for rows in self.penalised()]
+        norms = [torch.linalg.matrix_norm(error).to(place) for error in errors]
         return self.config.orth_reg_weight * torch.cat(norms).mean()
 
     @torch.no_grad()

@@ -2,14 +2,14 @@
 
 A step of the optimizer goes
 
-    backward of every micro-batch -> add_penalty -> clipping -> before_step
+    backward of every micro-batch -> after_backward -> clipping -> before_step
     -> the optimizer moves the parameters -> after_step -> the gradients are dropped
 
 MoloraTrainer calls these. A loop of one's own builds the recipe with ``RECIPES`` and
 calls them itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -71,6 +71,9 @@ class Recipe:
     one_process: ClassVar[bool] = False
     """Whether it changes which parameters have gradients, which several processes that
     average theirs cannot follow."""
+    held: Callable[[int], Tensor] | None = None
+    """Gives the mean loss of the model on the n-th batch of rows that are held out of
+    training; the trainer sets it, or the loop of one's own."""
 
     def __init__(self, config: RecipeConfig, model: nn.Module):
         self.config = config
@@ -108,9 +111,18 @@ class Recipe:
             total_steps: Of the whole run, those done before a resume included.
 
         Raises:
-            TrainingError: They are too few for the settings.
+            TrainingError: They are too few for the settings, or no rows are held out.
         """
         self.total_steps = total_steps
+        if self.held_share() and self.held is None:
+            raise TrainingError(
+                f"recipe {self.config.kind!r} needs rows that are held out of "
+                "training: set its attribute held"
+            )
+
+    def held_share(self) -> float:
+        """Share of the training rows that is held out of training; 0 for none."""
+        return 0.0
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameters with optimizer settings of their own, as parameter groups."""
@@ -124,7 +136,7 @@ class Recipe:
         """A scalar that is added to the loss of every step, weighted already."""
         raise NotImplementedError
 
-    def add_penalty(self, scale: float = 1.0) -> Tensor | None:
+    def after_backward(self, scale: float = 1.0) -> Tensor | None:
         """Add the gradient of the penalty to that of the loss, once for every step.
 
         Gradients are not communicated: processes that have the same parameters add
@@ -203,3 +215,17 @@ def _kinds(config: ExpertsConfig) -> set[str]:
 def whole(grad: Tensor | None, like: Tensor) -> Tensor:
     """A gradient, zero where there is none."""
     return torch.zeros_like(like) if grad is None else grad
+
+
+def gram_error(rows: Tensor) -> Tensor:
+    """How far the rows of every matrix are from orthonormal: X X^T - 1.
+
+    Args:
+        rows: [E, r, n].
+
+    Returns:
+        [E, r, r], at least float32.
+    """
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    one = torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
+    return wide @ wide.transpose(1, 2) - one

@@ -54,7 +54,7 @@ def test_every_step_is_that_of_peft() -> None:
         assert recipe.budget(step) == h["budget"][at]
         loss = model()
         loss.backward()
-        penalty = recipe.add_penalty()
+        penalty = recipe.after_backward()
         assert near(loss.detach() + penalty, t["loss"][at], "loss")
         for path, site in sites(model).items():
             for name, mine in TENSORS.items():

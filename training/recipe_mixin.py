@@ -14,6 +14,9 @@ from molora.training.sampling import MixtureSampler
 
 logger = logging.getLogger(__name__)
 
+_OWN_WAYS = ("lomo", "layerwise", "schedule_free")
+"""Optimizers that take gradients as they come, or keep weights that they average."""
+
 
 class _Held:
     """Loss of the model on batches of rows that are held out.
@@ -77,6 +80,13 @@ class RecipeMixin(Trainer):
             return
         self.recipe = RECIPES[config.kind](config, self.model)
         where = f"recipe {config.kind!r}"
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if any(word in optim for word in _OWN_WAYS):
+            raise TrainingError(
+                f"{where} reads the gradients of a step and changes the parameters "
+                f"after it, and optim {optim!r} keeps one of the two to itself; take "
+                "adamw_torch, for example"
+            )
         if self.recipe.one_process and self.args.world_size > 1:
             raise TrainingError(f"{where} trains in one process; start one")
         if self.recipe.groups() and self.optimizer is not None:
@@ -129,6 +139,12 @@ class RecipeMixin(Trainer):
         """
         kind = None if self.recipe is None else self.recipe.config.kind
         if self.recipe is not None:
+            part = next(iter(self.recipe.parts.values()))
+            if all(part is not module for module in self.model.modules()):
+                raise TrainingError(
+                    "the trainer has another model than when it was made (model_init), "
+                    "which its recipe does not know; make a new trainer"
+                )
             self.recipe.begin(self.state.max_steps)
         if progress is None:
             return

@@ -153,6 +153,23 @@ def test_several_processes(
         trainer.set_up_recipe(trainer.settings.recipe)
 
 
+@pytest.mark.parametrize(
+    "optim", ["lomo", "galore_adamw_layerwise", "schedule_free_adamw"]
+)
+def test_optimizers_that_keep_things_to_themselves(
+    tiny_llama: Factory, tmp_path: Path, optim: str
+) -> None:
+    with pytest.raises(TrainingError, match=f"optim '{optim}' keeps one of the two"):
+        made(tiny_llama, tmp_path, optim=optim)
+
+
+def test_another_model(tiny_llama: Factory, tmp_path: Path) -> None:
+    trainer = made(tiny_llama, tmp_path)
+    trainer.model = trainer.model_wrapped = wrapped(tiny_llama(), EXPERTS, TOP2)
+    with pytest.raises(TrainingError, match="another model than when it was made"):
+        trainer.train()
+
+
 def test_adapters_that_rows_name(tiny_llama: Factory) -> None:
     named = {"kind": "adapter", "adapters": ["sql", "b", "c"]}
     with pytest.raises(ConfigError, match="router.kind adapter trains each by itself"):

@@ -1,6 +1,5 @@
 """What a trainer does for its recipe; what a recipe is stands in recipes/base.py."""
 
-import logging
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from molora.training.mixture import TaskMixture
 from molora.training.recipes import RECIPES, Recipe, RecipeConfig
 from molora.training.sampling import MixtureSampler
 
-logger = logging.getLogger(__name__)
 
 _OWN_WAYS = ("lomo", "layerwise", "schedule_free")
 """Optimizers that take gradients as they come, or keep weights that they average."""
@@ -67,6 +65,8 @@ class RecipeMixin(Trainer):
     optimizer: Any
 
     recipe: Recipe | None = None
+    held_rows: int = 0
+    """Rows that are held out of training."""
     _penalty: Tensor | None = None
 
     def set_up_recipe(self, config: RecipeConfig | None) -> None:
@@ -113,9 +113,7 @@ class RecipeMixin(Trainer):
             )
         rest, rows = self.train_dataset.split(share, self.args.seed)
         self.train_dataset = rest
-        logger.info(
-            "%s holds %d of %d rows out", where, len(rows), len(rows) + len(rest)
-        )
+        self.held_rows = len(rows)
         self.recipe.held = _Held(self, rows)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -156,7 +154,7 @@ class RecipeMixin(Trainer):
                 f"has {kind or 'none'}; give it the same, or start anew from the "
                 "adapter with start_from"
             )
-        if self.recipe is not None:
+        if self.recipe is not None and saved is not None:
             self.recipe.restore(saved["state"])
 
     def recipe_progress(self) -> dict[str, Any] | None:

@@ -60,9 +60,9 @@ def train(config: RunConfig, resume: bool) -> None:
         data_collator=Collator(session.filler(tokenizer)),
         processing_class=tokenizer,
     )
-    if trainer.train_dataset is not mixture:
-        held = len(mixture) - len(trainer.train_dataset)
-        session.note(f"training.recipe holds {held} of {len(mixture)} rows out")
+    if trainer.held_rows:
+        held, every = trainer.held_rows, len(mixture)
+        session.note(f"training.recipe holds {held} of {every} rows out of training")
     trainer.train(resume_from_checkpoint=resume or None)
     model.eval()
     model.save_pretrained(folder / "adapter")

@@ -55,6 +55,8 @@ class AdaLoRAExperts(DiagonalExperts):
         """Numerator of the scale."""
 
     config: Config
+    E: Tensor
+    """[E or 1, r], at the layer that owns it."""
 
     def build(self, in_features: int, out_features: int) -> None:
         """See base class."""

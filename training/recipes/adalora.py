@@ -148,7 +148,8 @@ class AdaLoRA(Recipe):
         """See base class."""
         if not self.config.orth_reg_weight:
             return []
-        return [p for part in self._experts().values() for p in (part.A, part.Bt)]
+        stacks = [p for part in self._experts().values() for p in (part.A, part.Bt)]
+        return [stack for stack in stacks if isinstance(stack, nn.Parameter)]
 
     def penalty(self) -> Tensor:
         """See base class."""

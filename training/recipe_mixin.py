@@ -11,7 +11,6 @@ from molora.training.mixture import TaskMixture
 from molora.training.recipes import RECIPES, Recipe, RecipeConfig
 from molora.training.sampling import MixtureSampler
 
-
 _OWN_WAYS = ("lomo", "layerwise", "schedule_free")
 """Optimizers that take gradients as they come, or keep weights that they average."""
 

@@ -329,7 +329,10 @@ def test_a_model_that_an_earlier_recipe_froze() -> None:
     with pytest.raises(TrainingError, match=r"l0.experts.A is not trained.*earlier"):
         recipe_for(model)
     recipe.begin(8)
-    assert trainable(recipe) == recipe.units == recipe_for(model).units
+    assert trainable(recipe) == recipe.units
+    fresh = recipe_for(model, tinit=1, tfinal=2, deltaT=2)
+    fresh.begin(8)
+    assert_same(recipe.state(), fresh.state())
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
     delta_e(x) = s_u_e * (B_e (s_d_e * (A_e x)))
 
 A and B start as in VeRA, s_d (``lambda_d``) at 0.1, s_u (``lambda_b``) at zero. The
-vectors are always trained; A and B are frozen one after the other by a schedule, or
-from the start with ``trainability: {A: frozen, B: frozen}``, which the authors do for
-square layers.
+vectors are always trained. A and B are frozen one after the other while training runs,
+by the recipe ``aflora`` (training/recipes/aflora.py), or from the start with
+``trainability: {A: frozen, B: frozen}``, which the authors do for square layers.
 
 Reference: Liu et al. 2024, arXiv:2403.13269, equation 1.
 
@@ -25,7 +25,8 @@ from molora.experts.vera import VeRAExperts
 class AFLoRAExperts(VeRAExperts):
     """E pairs of vectors around trained projections.
 
-    Limitations: as VeRA; the schedule that freezes A and B belongs to training.
+    Limitations: as VeRA. Without ``training.recipe: {kind: aflora}`` A and B are
+    trained to the end.
     """
 
     peft_type = None

@@ -1,6 +1,7 @@
 """Training recipes: what training does beside minimising the loss."""
 
 from molora.training.recipes.adalora import AdaLoRA as AdaLoRA
+from molora.training.recipes.aflora import AFLoRA as AFLoRA
 from molora.training.recipes.base import RECIPES as RECIPES
 from molora.training.recipes.base import Recipe as Recipe
 from molora.training.recipes.base import RecipeConfig as RecipeConfig

@@ -39,7 +39,14 @@ from torch.optim import Optimizer
 from molora.config import AdapterConfig
 from molora.errors import TrainingError
 from molora.experts.aflora import AFLoRAExperts
-from molora.training.recipes.base import RECIPES, Recipe, RecipeConfig, whole
+from molora.training.recipes.base import (
+    RECIPES,
+    Recipe,
+    RecipeConfig,
+    Steps,
+    steps_of,
+    whole,
+)
 
 TENSORS = ("A", "Bt")
 
@@ -58,7 +65,7 @@ class AFLoRA(Recipe):
     recipe refuses a model that is partly frozen. ``molora.load`` with trainable=True
     gives a model in which nothing is.
 
-    Limitations: one process; not with train: newest or router.
+    Limitations: one process.
 
     Args:
         config: Settings.
@@ -77,10 +84,11 @@ class AFLoRA(Recipe):
 
         kind: Literal["aflora"] = "aflora"
         """Registered name."""
-        tinit: int = pydantic.Field(default=0, ge=0)
-        """Steps before anything is frozen."""
-        tfinal: int = pydantic.Field(default=0, ge=0)
-        """Steps at the end; the first of them is the last that moves any A or B."""
+        tinit: Steps = 0
+        """Steps before anything is frozen, or their share of the run."""
+        tfinal: Steps = 0
+        """Steps at the end, or their share; the first of them is the last that moves
+        any A or B."""
         deltaT: int = pydantic.Field(default=10, ge=1)
         """Steps of a window, and from one choice of units to the next."""
         beta1: float = pydantic.Field(default=0.85, gt=0, lt=1)
@@ -97,9 +105,10 @@ class AFLoRA(Recipe):
         if not self.units:
             raise TrainingError(
                 "recipe 'aflora' freezes A and B, and none of this model is trained; "
-                "leave one out of experts.trainability, set train: all, or leave the "
-                "recipe out"
+                "leave one out of experts.trainability, or leave the recipe out"
             )
+        self.start = self.end = 0
+        """t_i and T - t_f."""
         self._measured: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         """I, Ibar and Ubar of the units that still train."""
         self._window = self._seen = 0
@@ -121,9 +130,9 @@ class AFLoRA(Recipe):
                 if not getattr(part, name).requires_grad:
                     raise TrainingError(
                         f"{path}.{name} is not trained, though experts.trainability "
-                        "does not freeze it: an earlier run has frozen it, or train: "
-                        "router. Call requires_grad_(True) on it to start anew, write "
-                        "it into trainability, or leave the recipe out"
+                        "does not freeze it: an earlier run has frozen it. Call "
+                        "requires_grad_(True) on it to start anew, write it into "
+                        "trainability, or leave the recipe out"
                     )
                 units.append(f"{path}.{name}")
         return units
@@ -134,11 +143,6 @@ class AFLoRA(Recipe):
         reason = super().check(config, adapter)
         if reason is not None:
             return reason
-        if adapter.train != "all":
-            return (
-                f"aflora freezes A and B of all experts, and adapter.train is "
-                f"{adapter.train}; set train: all, or leave the recipe out"
-            )
         found = [f for f in adapter.families() if isinstance(f, AFLoRAExperts.Config)]
         if found and all({"A", "B"} <= set(f.trainability) for f in found):
             return (
@@ -151,14 +155,15 @@ class AFLoRA(Recipe):
         """See base class; thaws what an earlier run froze."""
         super().begin(total_steps)
         config = self.config
-        end = total_steps - config.tfinal
-        if config.tinit >= end:
+        self.start = start = steps_of(config.tinit, total_steps)
+        self.end = end = total_steps - steps_of(config.tfinal, total_steps)
+        if start >= end:
             raise TrainingError(
                 f"recipe.tinit={config.tinit} and recipe.tfinal={config.tfinal} leave "
                 f"none of the {total_steps} steps of this run to freeze tensors in; "
                 "lower them, or train longer"
             )
-        if (end - 1) // config.deltaT * config.deltaT <= config.tinit:
+        if (end - 1) // config.deltaT * config.deltaT <= start:
             raise TrainingError(
                 f"recipe.deltaT={config.deltaT}: no window begins after recipe.tinit="
                 f"{config.tinit} and before recipe.tfinal={config.tfinal} of the "
@@ -179,13 +184,12 @@ class AFLoRA(Recipe):
         Args:
             step: Its number, from 1.
         """
-        config, t = self.config, step - 1
-        if t <= config.tinit:
+        t = step - 1
+        if t <= self.start:
             return 1.0
-        end = self.total_steps - config.tfinal
-        if t > end:
+        if t > self.end:
             return 0.0
-        left = 1 - (t - config.tinit) / (end - config.tinit)
+        left = 1 - (t - self.start) / (self.end - self.start)
         return float(left**3)
 
     @torch.no_grad()

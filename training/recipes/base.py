@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from molora.config import AdapterConfig
 from molora.errors import TrainingError
-from molora.experts.base import EXPERTS, AbstractExperts, ExpertsConfig
+from molora.experts.base import AbstractExperts, ExpertsConfig
 from molora.model import sites
 from molora.registry import Registry
 from molora.routers import AdapterRouter
@@ -28,6 +28,10 @@ from molora.schema import Schema
 _APART = (
     "recipe {!r} looks at all experts together, and router.kind adapter trains each by "
     "itself; train them one by one, or leave the recipe out"
+)
+_PARTLY = (
+    "recipe {!r} is for training all experts, and adapter.train is {}; set train: all, "
+    "or leave the recipe out"
 )
 
 
@@ -88,6 +92,9 @@ class Recipe:
         routers = [site.router for site in sites(model).values()]
         if any(isinstance(router, AdapterRouter) for router in routers):
             raise TrainingError(_APART.format(config.kind))
+        train = model.molora_config.train  # type: ignore[union-attr]
+        if train != "all":
+            raise TrainingError(_PARTLY.format(config.kind, train))
         self.total_steps = 0
 
     @classmethod
@@ -102,6 +109,8 @@ class Recipe:
             )
         if any(router.kind == "adapter" for router in adapter.routers()):
             return _APART.format(config.kind)
+        if adapter.train != "all":
+            return _PARTLY.format(config.kind, adapter.train)
         return None
 
     def begin(self, total_steps: int) -> None:
@@ -196,13 +205,14 @@ RECIPES: Registry[Recipe] = Registry("recipe")
 
 def parts_of(model: nn.Module, families: Sequence[str]) -> dict[str, AbstractExperts]:
     """Experts of some families by module path, those inside of others included."""
-    classes = [EXPERTS[name] for name in families]
-    return {
-        f"{path}.experts.{inner}" if inner else f"{path}.experts": part
-        for path, site in sites(model).items()
-        for inner, part in site.experts.named_modules()
-        if isinstance(part, AbstractExperts) and type(part) in classes
-    }
+    found: dict[str, AbstractExperts] = {}
+    for path, site in sites(model).items():
+        part: Any
+        for inner, part in site.experts.named_modules():
+            # by kind: train: newest parametrises experts, which changes their class
+            if isinstance(part, AbstractExperts) and part.config.kind in families:
+                found[f"{path}.experts.{inner}" if inner else f"{path}.experts"] = part
+    return found
 
 
 def _kinds(config: ExpertsConfig) -> set[str]:

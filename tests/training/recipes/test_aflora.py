@@ -307,13 +307,12 @@ def test_what_is_frozen_from_the_start_is_no_unit() -> None:
 # --- refusals
 
 
-@pytest.mark.parametrize(
-    ("train", "reason"),
-    [("newest", "this model has none"), ("router", "is not trained.* train: router")],
-)
-def test_a_model_whose_projections_are_not_trained(train: str, reason: str) -> None:
+@pytest.mark.parametrize("train", ["newest", "router"])
+def test_a_model_whose_projections_are_not_trained(train: str) -> None:
     model = layers((6, 4), num_experts=2, train=train)
-    with pytest.raises(TrainingError, match=reason):
+    with pytest.raises(
+        TrainingError, match=f"adapter.train is {train}; set train: all"
+    ):
         recipe_for(model)
 
 

@@ -2,8 +2,9 @@
 
 A step of the optimizer goes
 
-    backward of every micro-batch -> add_penalty -> clipping -> before_step
-    -> the optimizer moves the parameters -> after_step -> the gradients are dropped
+    start_step -> backward of every micro-batch -> add_penalty -> clipping
+    -> before_step -> the optimizer moves the parameters -> after_step
+    -> the gradients are dropped
 
 MoloraTrainer calls these. A loop of one's own builds the recipe with ``RECIPES`` and
 calls them itself.
@@ -65,7 +66,7 @@ class Recipe:
     @classmethod
     def check(cls, config: RecipeConfig, adapter: AdapterConfig) -> str | None:
         """Say why this config means nothing with an adapter, or return None."""
-        kinds = set().union(*(_kinds(family) for family in adapter.families()))
+        kinds = set().union(*(kinds_of(family) for family in adapter.families()))
         if kinds.isdisjoint(cls.families):
             return (
                 f"{config.kind} trains experts of kind {' or '.join(cls.families)}, "
@@ -84,6 +85,13 @@ class Recipe:
             TrainingError: They are too few for the settings.
         """
         self.total_steps = total_steps
+
+    def start_step(self, step: int) -> None:
+        """Get ready for the forwards of a step; the one before may have been left out.
+
+        Args:
+            step: Its number, from 1.
+        """
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameters with optimizer settings of their own, as parameter groups."""
@@ -166,10 +174,10 @@ def parts_of(model: nn.Module, families: Sequence[str]) -> dict[str, AbstractExp
     }
 
 
-def _kinds(config: ExpertsConfig) -> set[str]:
+def kinds_of(config: ExpertsConfig) -> set[str]:
     """Kinds of an experts block and of those inside of it."""
     inner = config.adapted()
-    parts = [_kinds(part) for part in getattr(inner, "parts", [])]
+    parts = [kinds_of(part) for part in getattr(inner, "parts", [])]
     return {config.kind, inner.kind}.union(*parts)
 
 

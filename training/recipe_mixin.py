@@ -162,6 +162,11 @@ class RecipeMixin(Trainer):
             return None
         return {"kind": self.recipe.config.kind, "state": self.recipe.state()}
 
+    def start_recipe_step(self) -> None:
+        """Tell the recipe that the forwards of a step are about to come."""
+        if self.recipe is not None:
+            self.recipe.start_step(self.state.global_step + 1)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward; the last of a step adds the recipe's penalty."""
         loss = super().training_step(*args, **kwargs)

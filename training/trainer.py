@@ -345,6 +345,9 @@ class _Events(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.begin()
 
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.start_recipe_step()
+
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_recipe_step(self.trainer.guard.in_row == 0)
 

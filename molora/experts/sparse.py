@@ -12,8 +12,9 @@ The values start at zero, the scale is 1. Places:
                    Bhardwaj et al. 2024, arXiv:2406.13175)
 
 They are the first n of a permutation of the entries, as in PEFT's SHiRA, and are saved
-with the values. ``set_mask`` puts others in their place. All products are sparse: the
-gradient of the values is computed at their places alone, and no [O, I] is formed.
+with the values. ``set_mask`` puts others in their place, as the recipe ``rosa`` of
+training does, which chooses them by gradients. All products are sparse: the gradient of
+the values is computed at their places alone, and no [O, I] is formed.
 
 Shape legend: see base.py; n values of one expert, N its tokens.
 """
@@ -36,9 +37,10 @@ from molora.experts.peft_form import PeftForm
 class SparseExperts(AbstractExperts):
     """E sparse updates at fixed places (Random Masking, SHiRA, RoSA's sparse part).
 
-    Limitations: an update has full rank in general, so collapse to a LoRA is an
-    approximation. Half precision is computed in float32. Drawing the places holds a
-    permutation of all O I entries for a moment.
+    Limitations: without the recipe ``rosa`` the places stay random. An update has full
+    rank in general, so collapse to a LoRA is an approximation. Half precision is
+    computed in float32. Drawing the places holds a permutation of all O I entries for a
+    moment.
 
     Args:
         config: Settings.

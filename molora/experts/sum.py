@@ -4,7 +4,8 @@ RoSA (Nikdan et al. 2024, arXiv:2401.04679) is low-rank plus sparse:
 
     y = W x + s B A x + S x
 
-with S = ``sparse`` (unscaled) beside ``lora``. All parts have the same number of
+with S = ``sparse`` (unscaled) beside ``lora``. The recipe ``rosa`` of training warms
+``lora`` up and chooses the places of S by gradients. All parts have the same number of
 experts, and an expert's gate weights all of its parts.
 
 Shape legend: see base.py.

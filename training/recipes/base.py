@@ -2,8 +2,9 @@
 
 A step of the optimizer goes
 
-    backward of every micro-batch -> after_backward -> clipping -> before_step
-    -> the optimizer moves the parameters -> after_step -> the gradients are dropped
+    start_step -> backward of every micro-batch -> after_backward -> clipping
+    -> before_step -> the optimizer moves the parameters -> after_step
+    -> the gradients are dropped
 
 MoloraTrainer calls these. A loop of one's own builds the recipe with ``RECIPES`` and
 calls them itself.
@@ -100,7 +101,7 @@ class Recipe:
     @classmethod
     def check(cls, config: RecipeConfig, adapter: AdapterConfig) -> str | None:
         """Say why this config means nothing with an adapter, or return None."""
-        kinds = set().union(*(_kinds(family) for family in adapter.families()))
+        kinds = set().union(*(kinds_of(family) for family in adapter.families()))
         if kinds.isdisjoint(cls.families):
             return (
                 f"{config.kind} trains experts of kind {' or '.join(cls.families)}, "
@@ -132,6 +133,13 @@ class Recipe:
     def held_share(self) -> float:
         """Share of the training rows that is held out of training; 0 for none."""
         return 0.0
+
+    def start_step(self, step: int) -> None:
+        """Get ready for the forwards of a step; the one before may have been left out.
+
+        Args:
+            step: Its number, from 1.
+        """
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameters with optimizer settings of their own, as parameter groups."""
@@ -207,18 +215,21 @@ def parts_of(model: nn.Module, families: Sequence[str]) -> dict[str, AbstractExp
     """Experts of some families by module path, those inside of others included."""
     found: dict[str, AbstractExperts] = {}
     for path, site in sites(model).items():
-        part: Any
         for inner, part in site.experts.named_modules():
-            # by kind: train: newest parametrises experts, which changes their class
-            if isinstance(part, AbstractExperts) and part.config.kind in families:
+            if isinstance(part, AbstractExperts) and _kind(part) in families:
                 found[f"{path}.experts.{inner}" if inner else f"{path}.experts"] = part
     return found
 
 
-def _kinds(config: ExpertsConfig) -> set[str]:
+def _kind(part: Any) -> str:
+    name: str = part.config.kind
+    return name
+
+
+def kinds_of(config: ExpertsConfig) -> set[str]:
     """Kinds of an experts block and of those inside of it."""
     inner = config.adapted()
-    parts = [_kinds(part) for part in getattr(inner, "parts", [])]
+    parts = [kinds_of(part) for part in getattr(inner, "parts", [])]
     return {config.kind, inner.kind}.union(*parts)
 
 

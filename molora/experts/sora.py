@@ -26,8 +26,8 @@ from molora.experts.factors import normal, uniform
 class SoRAExperts(DiagonalExperts):
     """E pairs of factors with a sparse gate between them.
 
-    Limitations: no gate becomes zero by itself: the proximal step and the L1 term
-    belong to training, ``mask_ranks`` prunes by hand.
+    Limitations: no gate becomes zero by itself: the proximal step and the L1 term are
+    ``training.recipe`` sora; ``mask_ranks`` prunes by hand.
 
     Args:
         config: Settings.

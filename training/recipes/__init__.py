@@ -8,3 +8,4 @@ from molora.training.recipes.base import RecipeConfig as RecipeConfig
 from molora.training.recipes.bilora import BiLoRA as BiLoRA
 from molora.training.recipes.lori import LoRI as LoRI
 from molora.training.recipes.rosa import RoSA as RoSA
+from molora.training.recipes.sora import SoRA as SoRA

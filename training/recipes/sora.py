@@ -22,6 +22,7 @@ the authors' code. Its phases are runs to the end; here they are parts of one.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import pydantic
@@ -33,6 +34,13 @@ from molora.config import AdapterConfig
 from molora.errors import TrainingError
 from molora.experts.sora import SoRAExperts
 from molora.training.recipes.base import RECIPES, Recipe, RecipeConfig
+
+_SCALES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
+    "linear": (float, float),
+    "log_linear": (math.exp, math.log),
+    "exp_linear": (math.log, math.exp),
+}
+"""To the scale on which a schedule is even, and back."""
 
 
 @RECIPES.register("sora", paper="arXiv:2311.11696")
@@ -108,11 +116,7 @@ class SoRA(Recipe):
             first, last, count = self.prox_lambda, self.max_lambda, self.lambda_num
             if last is None or count is None:
                 return [first]
-            to, back = {
-                "linear": (float, float),
-                "log_linear": (math.exp, math.log),
-                "exp_linear": (math.log, math.exp),
-            }[str(self.lambda_schedule)]
+            to, back = _SCALES[str(self.lambda_schedule)]
             low, high = to(first), to(last)
             return [back(low + (high - low) * i / (count - 1)) for i in range(count)]
 

@@ -169,10 +169,12 @@ class RunConfig(Schema):
 
     @pydantic.model_validator(mode="after")
     def _recipe_fits(self) -> Self:
-        _, settings = build_arguments(self.training)
+        arguments, settings = build_arguments(self.training)
         if settings.recipe is not None:
             recipe = RECIPES[settings.recipe.kind]
             reason = recipe.check(settings.recipe, self.adapter)
+            if not reason and arguments.max_steps > 0:
+                reason = settings.recipe.check_steps(arguments.max_steps)
             if reason:
                 raise ConfigError(f"training.recipe: {reason}")
         return self

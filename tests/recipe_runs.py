@@ -85,14 +85,17 @@ def wrapped(base: Any, experts: dict[str, Any], router: Any = None) -> Any:
     return molora.wrap(base, molora.AdapterConfig.from_dict(raw))
 
 
-def run_config(recipe: Any, experts: Any, **more: Any) -> RunConfig:
+def run_config(
+    recipe: Any, experts: Any, training: Any = None, **more: Any
+) -> RunConfig:
     """A run with this recipe and these experts."""
+    training = {**(training or {"output_dir": "out"}), "recipe": recipe}
     task = {"name": "sql", "train": "a.jsonl", "eval": "b.jsonl"}
     return RunConfig.from_dict(
         {
             "adapter": {"target_modules": ["q_proj"], "experts": experts, **more},
             "data": {"tasks": [task]},
-            "training": {"output_dir": "out", "recipe": recipe},
+            "training": training,
         }
     )
 

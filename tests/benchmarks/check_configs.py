@@ -46,6 +46,11 @@ SHORT = [
     *(f"data.tasks.{task}.eval_limit=4" for task in range(4)),
     *(f"data.tasks.{task}.max_new_tokens=8" for task in (2, 3)),
 ]
+SHORTER = {
+    "aflora": ["training.max_steps=4", "training.recipe.deltaT=1"],
+    "rosa": ["training.recipe.warmup_steps=0"],
+}
+"""What the recipes of some files need to have a step of every kind."""
 PROMPT = "jump twice and walk left Actions:"
 
 
@@ -53,6 +58,7 @@ def commands(file: Path, folder: Path) -> dict[str, list[str]]:
     """The commands of one file, in order."""
     config = load_run_config(file)
     run = [str(file), f"training.output_dir={folder}", *SHORT]
+    run += SHORTER.get(file.stem, [])
     if torch.cuda.is_available():
         run.append("model.device=cuda")
     made = {name: [*MOLORA, name, *run] for name in COLUMNS[:-1]}

@@ -163,6 +163,23 @@ def test_optimizers_that_keep_things_to_themselves(
         made(tiny_llama, tmp_path, optim=optim)
 
 
+def test_too_few_steps_are_told_before_anything_is_loaded() -> None:
+    run = {"output_dir": "out", "max_steps": 5}
+    with pytest.raises(ConfigError, match="training.recipe: .* leave none of the 5"):
+        run_config(RECIPE, ADALORA, training=run)
+    assert run_config(RECIPE, ADALORA, training={**run, "max_steps": 6})
+
+
+def test_a_second_run_begins_anew(tiny_llama: Factory, tmp_path: Path) -> None:
+    trainer = made(tiny_llama, tmp_path, save_strategy="no")
+    trainer.train()
+    chosen = []
+    choose = trainer.recipe._choose
+    trainer.recipe._choose = lambda pruned: (chosen.append(pruned), choose(pruned))[1]
+    trainer.train()
+    assert chosen == [48 - trainer.recipe.budget(step) for step in (4, 6, 8, 9)]
+
+
 def test_another_model(tiny_llama: Factory, tmp_path: Path) -> None:
     trainer = made(tiny_llama, tmp_path)
     trainer.model = trainer.model_wrapped = wrapped(tiny_llama(), EXPERTS, TOP2)

@@ -90,6 +90,22 @@ class AdaLoRA(Recipe):
         orth_reg_weight: float = pydantic.Field(default=0.5, ge=0)
         """Coefficient of the orthogonality penalty; 0 leaves it out."""
 
+        def ends(self, total_steps: int) -> tuple[int, int]:
+            """Steps after which choosing begins, and ends."""
+            last = total_steps - steps_of(self.tfinal, total_steps)
+            return steps_of(self.tinit, total_steps), last
+
+        def check_steps(self, total_steps: int) -> str | None:
+            """See base class."""
+            start, end = self.ends(total_steps)
+            if start < end:
+                return None
+            return (
+                f"recipe.tinit={self.tinit} and recipe.tfinal={self.tfinal} leave none "
+                f"of the {total_steps} steps of this run to choose ranks in; lower "
+                "them, or train longer"
+            )
+
     config: Config
 
     def __init__(self, config: Config, model: nn.Module):
@@ -121,15 +137,8 @@ class AdaLoRA(Recipe):
     def begin(self, total_steps: int) -> None:
         """See base class."""
         super().begin(total_steps)
-        config = self.config
-        self.start = steps_of(config.tinit, total_steps)
-        self.end = total_steps - steps_of(config.tfinal, total_steps)
-        if self.start >= self.end:
-            raise TrainingError(
-                f"recipe.tinit={config.tinit} and recipe.tfinal={config.tfinal} leave "
-                f"none of the {total_steps} steps of this run to choose ranks in; "
-                "lower them, or train longer"
-            )
+        self.start, self.end = self.config.ends(total_steps)
+        self._keep, self._is_final = {}, False
         for path, part in self._experts().items():
             for name in TENSORS:
                 zero = torch.zeros_like(getattr(part, name), requires_grad=False)

@@ -96,6 +96,29 @@ class AFLoRA(Recipe):
         beta2: float = pydantic.Field(default=0.95, gt=0, lt=1)
         """Smoothing of its uncertainty."""
 
+        def ends(self, total_steps: int) -> tuple[int, int]:
+            """t_i and T - t_f."""
+            last = total_steps - steps_of(self.tfinal, total_steps)
+            return steps_of(self.tinit, total_steps), last
+
+        def check_steps(self, total_steps: int) -> str | None:
+            """See base class."""
+            start, end = self.ends(total_steps)
+            if start >= end:
+                return (
+                    f"recipe.tinit={self.tinit} and recipe.tfinal={self.tfinal} leave "
+                    f"none of the {total_steps} steps of this run to freeze tensors "
+                    "in; lower them, or train longer"
+                )
+            if (end - 1) // self.deltaT * self.deltaT <= start:
+                return (
+                    f"recipe.deltaT={self.deltaT}: no window begins after recipe.tinit="
+                    f"{self.tinit} and before recipe.tfinal={self.tfinal} of the "
+                    f"{total_steps} steps of this run, so nothing is chosen by its "
+                    "score; lower one of them, or train longer"
+                )
+            return None
+
     config: Config
 
     def __init__(self, config: Config, model: nn.Module):
@@ -154,22 +177,7 @@ class AFLoRA(Recipe):
     def begin(self, total_steps: int) -> None:
         """See base class; thaws what an earlier run froze."""
         super().begin(total_steps)
-        config = self.config
-        self.start = start = steps_of(config.tinit, total_steps)
-        self.end = end = total_steps - steps_of(config.tfinal, total_steps)
-        if start >= end:
-            raise TrainingError(
-                f"recipe.tinit={config.tinit} and recipe.tfinal={config.tfinal} leave "
-                f"none of the {total_steps} steps of this run to freeze tensors in; "
-                "lower them, or train longer"
-            )
-        if (end - 1) // config.deltaT * config.deltaT <= start:
-            raise TrainingError(
-                f"recipe.deltaT={config.deltaT}: no window begins after recipe.tinit="
-                f"{config.tinit} and before recipe.tfinal={config.tfinal} of the "
-                f"{total_steps} steps of this run, so nothing is chosen by its score; "
-                "lower one of them, or train longer"
-            )
+        self.start, self.end = self.config.ends(total_steps)
         self._window = self._seen = 0
         self._due = []
         for name in self.units:

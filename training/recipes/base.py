@@ -57,6 +57,10 @@ class RecipeConfig(Schema):
     kind: str
     """Registered name."""
 
+    def check_steps(self, total_steps: int) -> str | None:
+        """Say why a run of so many steps is too short for this, or return None."""
+        return None
+
 
 class Recipe:
     """One way to train, for the experts of some families.
@@ -123,6 +127,9 @@ class Recipe:
         Raises:
             TrainingError: They are too few for the settings, or no rows are held out.
         """
+        reason = self.config.check_steps(total_steps)
+        if reason:
+            raise TrainingError(reason)
         self.total_steps = total_steps
         if self.held_share() and self.held is None:
             raise TrainingError(

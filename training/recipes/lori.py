@@ -57,6 +57,17 @@ class LoRI(Recipe):
         calibration: Steps = 0.5
         """Steps before the masking, or their share of the run."""
 
+        def check_steps(self, total_steps: int) -> str | None:
+            """See base class."""
+            last = steps_of(self.calibration, total_steps)
+            if 0 < last < total_steps:
+                return None
+            return (
+                f"recipe.calibration={self.calibration} is {last} of the {total_steps} "
+                "steps of this run, which leaves one of its two parts without a step; "
+                "change it, or train longer"
+            )
+
     config: Config
 
     def __init__(self, config: Config, model: nn.Module):
@@ -82,12 +93,7 @@ class LoRI(Recipe):
         """See base class."""
         super().begin(total_steps)
         self.last = steps_of(self.config.calibration, total_steps)
-        if not 0 < self.last < total_steps:
-            raise TrainingError(
-                f"recipe.calibration={self.config.calibration} is {self.last} of the "
-                f"{total_steps} steps of this run, which leaves one of its two parts "
-                "without a step; change it, or train longer"
-            )
+        self.kept = None
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """See base class."""

@@ -89,6 +89,17 @@ class RoSA(Recipe):
         statistic: Literal["mean_squared", "mean"] = "mean_squared"
         """What is averaged over these steps, the gradient's square or itself."""
 
+        def check_steps(self, total_steps: int) -> str | None:
+            """See base class."""
+            before = steps_of(self.warmup_steps, total_steps) + self.grad_steps
+            if before < total_steps:
+                return None
+            return (
+                f"recipe.warmup_steps={self.warmup_steps} and recipe.grad_steps="
+                f"{self.grad_steps} leave none of the {total_steps} steps of this run "
+                "to train sparse values in; lower them, or train longer"
+            )
+
     config: Config
 
     def __init__(self, config: Config, model: nn.Module):
@@ -137,13 +148,6 @@ class RoSA(Recipe):
             )
         super().begin(total_steps)
         self.warm = steps_of(self.config.warmup_steps, total_steps)
-        if self.warm + self.config.grad_steps >= total_steps:
-            raise TrainingError(
-                f"recipe.warmup_steps={self.config.warmup_steps} and "
-                f"recipe.grad_steps={self.config.grad_steps} leave none of the "
-                f"{total_steps} steps of this run to train sparse values in; lower "
-                "them, or train longer"
-            )
 
     def start_step(self, step: int) -> None:
         """See base class."""

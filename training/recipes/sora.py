@@ -120,6 +120,16 @@ class SoRA(Recipe):
             low, high = to(first), to(last)
             return [back(low + (high - low) * i / (count - 1)) for i in range(count)]
 
+        def check_steps(self, total_steps: int) -> str | None:
+            """See base class."""
+            phases = len(self.lambdas())
+            if phases <= total_steps:
+                return None
+            return (
+                f"recipe.lambda_num={phases} phases do not fit into the {total_steps} "
+                "steps of this run; lower it, or train longer"
+            )
+
     config: Config
 
     def __init__(self, config: Config, model: nn.Module):
@@ -143,16 +153,6 @@ class SoRA(Recipe):
                 except TrainingError as error:
                     return str(error)
         return super().check(config, adapter)
-
-    def begin(self, total_steps: int) -> None:
-        """See base class."""
-        super().begin(total_steps)
-        phases = len(self.config.lambdas())
-        if total_steps < phases:
-            raise TrainingError(
-                f"recipe.lambda_num={phases} phases do not fit into the {total_steps} "
-                "steps of this run; lower it, or train longer"
-            )
 
     def groups(self) -> list[dict[str, Any]]:
         """See base class."""

@@ -131,6 +131,20 @@ def test_a_resumed_run_equals_the_whole_one(
     assert logs[-1]["entries"] == found["recipe"]["state"]["kept"]
 
 
+def test_a_second_run_masks_anew(tiny_llama: Factory, tmp_path: Path) -> None:
+    model = wrapped(tiny_llama(), EXPERTS, SOFT)
+    recipe = {"kind": "lori", "density": 0.5}
+    trainer = trainer_for(model, tmp_path, recipe, max_steps=4, save_strategy="no")
+    trainer.train()
+    first = trainer.recipe.kept
+    for site in sites(model).values():
+        site.experts.mask_Bt.fill_(True)
+    trainer.train()
+    assert trainer.recipe.kept == first
+    masks = [site.experts.mask_Bt for site in sites(model).values()]
+    assert sum(int(mask.sum()) for mask in masks) == first
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

@@ -26,8 +26,8 @@ from molora.experts.factors import uniform
 class ALoRAExperts(DiagonalExperts):
     """E pairs of factors whose ranks are switched on and off.
 
-    Limitations: a layer never has more than r ranks; scoring them and handing them on
-    belongs to training, ``mask_ranks`` sets the gates.
+    Limitations: a layer never has more than r ranks; ``training.recipe`` alora scores
+    them and hands them on, ``mask_ranks`` sets the gates by hand.
 
     Args:
         config: Settings.

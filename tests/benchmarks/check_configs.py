@@ -47,6 +47,11 @@ SHORT = [
     *(f"data.tasks.{task}.max_new_tokens=8" for task in (2, 3)),
 ]
 SHORTER = {
+    "alora": [
+        "training.max_steps=3",
+        'adapter.target_modules=["layers.0.self_attn.q_proj", "layers.9.mlp.up_proj"]',
+        "training.recipe={kind: alora, init_r: 2, warmup: 1, interval: 1, rounds: 2}",
+    ],
     "aflora": ["training.max_steps=4", "training.recipe.deltaT=1"],
     "rosa": ["training.recipe.warmup_steps=0"],
 }

@@ -2,6 +2,7 @@
 
 from molora.training.recipes.adalora import AdaLoRA as AdaLoRA
 from molora.training.recipes.aflora import AFLoRA as AFLoRA
+from molora.training.recipes.alora import ALoRA as ALoRA
 from molora.training.recipes.base import RECIPES as RECIPES
 from molora.training.recipes.base import Recipe as Recipe
 from molora.training.recipes.base import RecipeConfig as RecipeConfig

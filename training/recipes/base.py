@@ -233,11 +233,18 @@ def _kind(part: Any) -> str:
     return name
 
 
+def blocks_of(config: ExpertsConfig) -> list[ExpertsConfig]:
+    """An experts block and those inside of it."""
+    inner = config.adapted()
+    found = [config] if inner is config else [config, inner]
+    for part in getattr(inner, "parts", []):
+        found += blocks_of(part)
+    return found
+
+
 def kinds_of(config: ExpertsConfig) -> set[str]:
     """Kinds of an experts block and of those inside of it."""
-    inner = config.adapted()
-    parts = [kinds_of(part) for part in getattr(inner, "parts", [])]
-    return {config.kind, inner.kind}.union(*parts)
+    return {block.kind for block in blocks_of(config)}
 
 
 def whole(grad: Tensor | None, like: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from molora.config import AdapterConfig
 from molora.errors import TrainingError
 from molora.experts.sora import SoRAExperts
-from molora.training.recipes.base import RECIPES, Recipe, RecipeConfig
+from molora.training.recipes.base import RECIPES, Recipe, RecipeConfig, blocks_of
 
 _SCALES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
     "linear": (float, float),
@@ -47,6 +47,8 @@ _SCALES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = 
 class SoRA(Recipe):
     """Thresholds the gates of SoRA experts.
 
+    Gates are a parameter group of their own, without weight decay.
+
     Limitations: how many ranks stay follows from the learning rate, the number of steps
     and both lambdas; no number is promised. The gates move by the run's optimizer; the
     authors' AdamW differs from it in where eps stands.
@@ -56,7 +58,7 @@ class SoRA(Recipe):
         model: A wrapped model with sora experts.
 
     Raises:
-        TrainingError: Their gates are not trained.
+        TrainingError: Some gate is not trained.
     """
 
     families = ("sora",)
@@ -75,7 +77,7 @@ class SoRA(Recipe):
         hard_threshold: bool = True
         """Whether what the soft threshold leaves below itself is set to zero too."""
         gate_learning_rate: float | None = pydantic.Field(default=None, gt=0)
-        """Learning rate of the gates, without weight decay; null is as all else."""
+        """Learning rate of the gates, under the schedule of the run; null is its."""
         lambda_schedule: Literal["linear", "log_linear", "exp_linear"] | None = None
         """How lambda goes to max_lambda; null keeps it."""
         max_lambda: float | None = pydantic.Field(default=None, gt=0)
@@ -92,10 +94,11 @@ class SoRA(Recipe):
                             f"{name}: nothing reads it without lambda_schedule; set "
                             "that too, or leave it out"
                         )
-                if not (self.prox_lambda or self.sparse_lambda):
+                if not self.prox_lambda:
                     raise ValueError(
-                        "prox_lambda: with 0 here and in sparse_lambda nothing is "
-                        "pruned; set one of them, or leave the recipe out"
+                        "prox_lambda: at 0 nothing is pruned, since a penalty alone "
+                        "leaves no gate at zero; set it above 0, or a lambda_schedule "
+                        "that begins there"
                     )
                 return self
             if self.max_lambda is None or self.lambda_num is None:
@@ -141,25 +144,31 @@ class SoRA(Recipe):
             _check(path, part.config)
             gate = getattr(part, "gate", None)
             if isinstance(gate, nn.Parameter):
+                if not gate.requires_grad:
+                    raise TrainingError(
+                        f"{path}.gate is not trained, so it would only shrink; call "
+                        "requires_grad_(True) on it, or leave the recipe out"
+                    )
                 self.gates.append(gate)
 
     @classmethod
     def check(cls, config: RecipeConfig, adapter: AdapterConfig) -> str | None:
         """See base class."""
         for family in adapter.families():
-            if isinstance(family, SoRAExperts.Config):
-                try:
-                    _check("adapter.experts", family)
-                except TrainingError as error:
-                    return str(error)
+            for block in blocks_of(family):
+                if isinstance(block, SoRAExperts.Config):
+                    try:
+                        _check("adapter.experts", block)
+                    except TrainingError as error:
+                        return str(error)
         return super().check(config, adapter)
 
     def groups(self) -> list[dict[str, Any]]:
         """See base class."""
-        rate = self.config.gate_learning_rate
-        if rate is None:
-            return []
-        return [{"params": self.gates, "lr": rate, "weight_decay": 0.0}]
+        group: dict[str, Any] = {"params": self.gates, "weight_decay": 0.0}
+        if self.config.gate_learning_rate is not None:
+            group["lr"] = self.config.gate_learning_rate
+        return [group]
 
     def penalised(self) -> list[nn.Parameter]:
         """See base class."""
@@ -169,7 +178,8 @@ class SoRA(Recipe):
         """See base class."""
         place = self.gates[0].device
         flat = torch.cat([gate.flatten().to(place) for gate in self.gates])
-        return self.config.sparse_lambda * flat.abs().mean()
+        wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        return self.config.sparse_lambda * wide.abs().mean()
 
     def threshold(self, step: int) -> float:
         """Lambda after a step, from 1."""
@@ -178,16 +188,27 @@ class SoRA(Recipe):
 
     @torch.no_grad()
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """See base class."""
+        """See base class.
+
+        Raises:
+            TrainingError: With multiply_lr, the optimizer has no rate for the gates.
+        """
         rates = {
-            id(parameter): float(group["lr"])
+            id(parameter): group.get("lr")
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
         for gate in self.gates:
             xi = self.threshold(step)
             if self.config.multiply_lr:
-                xi *= rates[id(gate)]
+                rate = rates.get(id(gate))
+                if rate is None:
+                    raise TrainingError(
+                        "recipe.multiply_lr: the optimizer has no learning rate for "
+                        "the gates; give it the recipe's groups(), or set multiply_lr: "
+                        "false"
+                    )
+                xi *= float(rate)
             shrunk = gate.sign() * (gate.abs() - xi).clamp(min=0)
             if self.config.hard_threshold:
                 shrunk[shrunk.abs() < xi] = 0

@@ -256,6 +256,11 @@ ADALORA = {"kind": "adalora", "init_r": 6}
         ("adalora", ADALORA, "training.recipe: "),
         ({"kind": "adalora", "target_r": 7}, ADALORA, "target_r=7 is above .*init_r=6"),
         (
+            {"kind": "adalora", "target_r": 7},
+            {"kind": "dora", "inner": ADALORA},
+            "target_r=7 is above .*init_r=6",
+        ),
+        (
             {"kind": "adalora", "target_r": 2},
             {**ADALORA, "shared": {"A": "type"}},
             "share A or B among the experts",

@@ -22,7 +22,7 @@ Before, a pruned triplet can come back. To the loss is added
 
     orth_reg_weight * mean over all A and B of |A A^T - 1|_F and |B^T B - 1|_F
 
-Reference: Zhang et al. 2023, arXiv:2303.10512, equations 5 and 8 to 11 and algorithm 1;
+Reference: Zhang et al. 2023, arXiv:2303.10512, section 3 and algorithm 1;
 the choice at T - t_f is that of PEFT.
 
 Shape legend: r ranks of one expert, E experts, M all triplets of the model.
@@ -44,6 +44,7 @@ from molora.training.recipes.base import (
     Recipe,
     RecipeConfig,
     Steps,
+    blocks_in,
     gram_error,
     steps_of,
     whole,
@@ -126,12 +127,11 @@ class AdaLoRA(Recipe):
     def check(cls, config: RecipeConfig, adapter: AdapterConfig) -> str | None:
         """See base class."""
         assert isinstance(config, cls.Config)
-        for family in adapter.families():
-            if isinstance(family, AdaLoRAExperts.Config):
-                try:
-                    _check("adapter.experts", family, config)
-                except TrainingError as error:
-                    return str(error)
+        for block in blocks_in(adapter, AdaLoRAExperts.Config):
+            try:
+                _check("adapter.experts", block, config)
+            except TrainingError as error:
+                return str(error)
         return super().check(config, adapter)
 
     def begin(self, total_steps: int) -> None:

@@ -44,6 +44,7 @@ from molora.training.recipes.base import (
     Recipe,
     RecipeConfig,
     Steps,
+    blocks_in,
     steps_of,
     whole,
 )
@@ -166,7 +167,7 @@ class AFLoRA(Recipe):
         reason = super().check(config, adapter)
         if reason is not None:
             return reason
-        found = [f for f in adapter.families() if isinstance(f, AFLoRAExperts.Config)]
+        found = blocks_in(adapter, AFLoRAExperts.Config)
         if found and all({"A", "B"} <= set(f.trainability) for f in found):
             return (
                 "aflora freezes A and B, and experts.trainability leaves neither to "

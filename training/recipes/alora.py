@@ -31,7 +31,14 @@ from molora.config import AdapterConfig
 from molora.errors import TrainingError
 from molora.experts.alora import ALoRAExperts
 from molora.progress import long_work
-from molora.training.recipes.base import RECIPES, Recipe, RecipeConfig, Steps, steps_of
+from molora.training.recipes.base import (
+    RECIPES,
+    Recipe,
+    RecipeConfig,
+    Steps,
+    blocks_in,
+    steps_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +128,7 @@ class ALoRA(Recipe):
         """See base class."""
         assert isinstance(config, cls.Config)
         reason = super().check(config, adapter)
-        found = [f for f in adapter.families() if isinstance(f, ALoRAExperts.Config)]
+        found = blocks_in(adapter, ALoRAExperts.Config)
         if reason or not found:
             return reason
         reason = _reason(found, config)

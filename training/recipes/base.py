@@ -11,7 +11,7 @@ calls them itself.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import AfterValidator, Field
@@ -41,6 +41,8 @@ def _is_steps(value: int | float) -> int | float:
         raise ValueError("give whole steps, or a share of the run below 1")
     return value
 
+
+Block = TypeVar("Block", bound=ExpertsConfig)
 
 Steps = Annotated[int | float, Field(ge=0), AfterValidator(_is_steps)]
 """Steps of the optimizer; below 1, a share of the run's."""
@@ -240,6 +242,12 @@ def blocks_of(config: ExpertsConfig) -> list[ExpertsConfig]:
     for part in getattr(inner, "parts", []):
         found += blocks_of(part)
     return found
+
+
+def blocks_in(adapter: AdapterConfig, cls: type[Block]) -> list[Block]:
+    """Every experts block of one family in an adapter, those inside of others too."""
+    found = [block for family in adapter.families() for block in blocks_of(family)]
+    return [block for block in found if isinstance(block, cls)]
 
 
 def kinds_of(config: ExpertsConfig) -> set[str]:

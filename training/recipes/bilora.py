@@ -8,7 +8,7 @@ as it is, the upper one P and Q; routers belong to the lower level. The penalty 
 
     orth_reg_weight * mean over all experts of |P^T P - 1|_F^2 + |Q Q^T - 1|_F^2
 
-Reference: Qiang et al. 2024, arXiv:2403.13037, equations 3 to 5; no code was published.
+Reference: Qiang et al. 2024, arXiv:2403.13037, section 3; no code was published.
 The gradient of the upper level is that of L(D2) at the present P and Q: how these would
 move with Lambda is left out (first order).
 """
@@ -25,7 +25,13 @@ from torch.optim import Optimizer
 from molora.config import AdapterConfig
 from molora.errors import TrainingError
 from molora.experts.bilora import BiLoRAExperts
-from molora.training.recipes.base import RECIPES, Recipe, RecipeConfig, gram_error
+from molora.training.recipes.base import (
+    RECIPES,
+    Recipe,
+    RecipeConfig,
+    blocks_in,
+    gram_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +84,11 @@ class BiLoRA(Recipe):
     @classmethod
     def check(cls, config: RecipeConfig, adapter: AdapterConfig) -> str | None:
         """See base class."""
-        for family in adapter.families():
-            if isinstance(family, BiLoRAExperts.Config):
-                try:
-                    _check("adapter.experts", family)
-                except TrainingError as error:
-                    return str(error)
+        for block in blocks_in(adapter, BiLoRAExperts.Config):
+            try:
+                _check("adapter.experts", block)
+            except TrainingError as error:
+                return str(error)
         return super().check(config, adapter)
 
     def held_share(self) -> float:

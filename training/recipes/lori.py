@@ -24,7 +24,14 @@ from molora.errors import TrainingError
 from molora.experts.factor_config import FactorConfig
 from molora.experts.factors import FactorExperts
 from molora.masks import mask_by_magnitude
-from molora.training.recipes.base import RECIPES, Recipe, RecipeConfig, Steps, steps_of
+from molora.training.recipes.base import (
+    RECIPES,
+    Recipe,
+    RecipeConfig,
+    Steps,
+    blocks_in,
+    steps_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +90,9 @@ class LoRI(Recipe):
     @classmethod
     def check(cls, config: RecipeConfig, adapter: AdapterConfig) -> str | None:
         """See base class."""
-        for family in adapter.families():
-            reason = _reason(family) if isinstance(family, FactorConfig) else None
-            if family.kind in cls.families and reason:
+        for block in blocks_in(adapter, FactorConfig):
+            reason = _reason(block)
+            if block.kind in cls.families and reason:
                 return f"adapter.experts: recipe 'lori' {reason}"
         return super().check(config, adapter)
 

@@ -16,7 +16,7 @@ lambda_num equal phases of the run from prox_lambda to max_lambda:
     log_linear   log of what goes evenly from e^prox_lambda to e^max_lambda
     exp_linear   e to what goes evenly from log prox_lambda to log max_lambda
 
-Reference: Ding et al. 2023, arXiv:2311.11696, equations 8 to 10, whose form is
+Reference: Ding et al. 2023, arXiv:2311.11696, section 3, whose form is
 multiply_lr: true, hard_threshold: false and sparse_lambda: 0; the defaults are those of
 the authors' code. Its phases are runs to the end; here they are parts of one.
 """
@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from molora.config import AdapterConfig
 from molora.errors import TrainingError
 from molora.experts.sora import SoRAExperts
-from molora.training.recipes.base import RECIPES, Recipe, RecipeConfig, blocks_of
+from molora.training.recipes.base import RECIPES, Recipe, RecipeConfig, blocks_in
 
 _SCALES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
     "linear": (float, float),
@@ -154,13 +154,11 @@ class SoRA(Recipe):
     @classmethod
     def check(cls, config: RecipeConfig, adapter: AdapterConfig) -> str | None:
         """See base class."""
-        for family in adapter.families():
-            for block in blocks_of(family):
-                if isinstance(block, SoRAExperts.Config):
-                    try:
-                        _check("adapter.experts", block)
-                    except TrainingError as error:
-                        return str(error)
+        for block in blocks_in(adapter, SoRAExperts.Config):
+            try:
+                _check("adapter.experts", block)
+            except TrainingError as error:
+                return str(error)
         return super().check(config, adapter)
 
     def groups(self) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ these modules have no room for all, so that the number of live ranks never chang
 rank is opened with A drawn as at the start, B zero and an optimizer that knows nothing
 of it, which leaves the model's function as it is.
 
-Reference: Liu et al. 2024, arXiv:2403.16187, section 3 and algorithm 1; no code was
+Reference: Liu et al. 2024, arXiv:2403.16187, section 3; no code was
 published. The paper draws new rows and says nothing of B and the optimizer.
 
 Shape legend: E experts, r capacity of a module, I in features.

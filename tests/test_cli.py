@@ -681,4 +681,6 @@ def test_the_installed_command_tells_a_mistake(tmp_path: Path) -> None:
         [script, "train", "none.yaml"], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "Error: none.yaml: no such file.\n"
+    # before it, libraries may say what they miss on this machine
+    assert done.stderr.endswith("Error: none.yaml: no such file.\n")
+    assert "Traceback" not in done.stderr

@@ -225,7 +225,8 @@ def test_widths_that_the_cpu_reads_wrongly_are_refused(
         return right / per_block * wrong[: right.shape[1]]
 
     model = nn.ModuleDict({"lin": layer_of("nf4", torch.randn(8, 80))})
-    assert bits_of(wrapped(copy.deepcopy(model)).lin.base) == 4  # type: ignore
+    if quantized._reads_width(80):
+        assert bits_of(wrapped(copy.deepcopy(model)).lin.base) == 4  # type: ignore
     quantized._reads_width.cache_clear()
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", restarting)
     with pytest.raises(WrapError, match="'lin'.* 80 input features wrongly .* int8"):
@@ -247,6 +248,8 @@ def test_a_copy_of_a_quantised_model_is_its_equal(llama: Factory) -> None:
         with molora.disabled(model):
             got = model(input_ids=IDS).logits
     base = quantise(llama(), "nf4")
+    # as wrap does: what a CPU with AVX512-BF16 packs it rounds in another way
+    quantized.keep_unpacked(base)
     with torch.no_grad():
         want = base(input_ids=IDS).logits
     assert torch.equal(got, want)

@@ -310,7 +310,7 @@ def test_merge_then_unwrap_is_a_plain_model(
     assert molora.merge(model) is model
     merged = logits(model)
     error = (merged - want).float().norm() / want.float().norm()
-    assert error < (1e-5 if dtype == torch.float32 else 0.05)
+    assert error < (1e-5 if dtype == torch.float32 else 0.08)
     with pytest.raises(WrapError, match="merged already; call molora.unmerge first"):
         molora.merge(model)
     with (

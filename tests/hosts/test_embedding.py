@@ -223,7 +223,8 @@ def test_scaled_embeddings(kind: str, dtype: torch.dtype) -> None:
     site.base.weight.data.zero_()
     lookup = site.delta_weight().t().double() * factor
     ratio = model(ids).detach().double().abs().sum() / lookup.abs().sum()
-    assert abs(ratio.item() - 1) < 5e-4
+    # bfloat16 would make 50.5 of 50.596
+    assert abs(ratio.item() - 1) < 1e-3
     site.base.weight.data.copy_(before)
     molora.merge(model)
     merged = model(ids).detach().double()

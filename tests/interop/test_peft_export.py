@@ -52,10 +52,10 @@ def test_peft_computes_the_same(
     theirs = PeftModel.from_pretrained(make().to(dtype), tmp_path / "out").eval()
     error = (logits(theirs) - logits(model)).abs().max()
     change = (logits(make().to(dtype)) - logits(model)).abs().max()
-    # bfloat16 keeps 8 bits, and two orders of summation round differently
-    bound = 1e-5 if dtype == torch.float32 else 2**-6 * logits(model).abs().max()
+    # bfloat16 keeps 8 bits, and PEFT computes its update in float32
+    bound = 1e-5 if dtype == torch.float32 else 2**-5 * logits(model).abs().max()
     assert error <= bound
-    assert change > 10 * bound
+    assert change > 5 * bound
 
 
 def test_the_files_are_what_one_rank_readers_expect(

@@ -56,8 +56,9 @@ class ALoRA(Recipe):
     """Moves ranks between the modules of ALoRA experts by what leaving them out costs.
 
     Limitations: a round takes two forwards of a batch for every live rank. Experts
-    share no tensor and train all of A and B. Optimizers that keep their state in 8 bits
-    are refused.
+    share no tensor and train all of A and B. The optimizer forgets what it has of the
+    shape of A and B, not Adam's count of steps nor Adafactor's sums; one that keeps
+    codes (8 bits) is refused.
 
     Args:
         config: Settings.

@@ -57,8 +57,9 @@ class ALoRA(Recipe):
 
     Limitations: a round takes two forwards of a batch for every live rank. Experts
     share no tensor and train all of A and B. The optimizer forgets what it has of the
-    shape of A and B, not Adam's count of steps nor Adafactor's sums; one that keeps
-    codes (8 bits) is refused.
+    shape of A and B, not Adam's count of steps, so that the first steps of a new rank
+    are several times as long, nor Adafactor's sums; one that keeps codes (8 bits) is
+    refused.
 
     Args:
         config: Settings.

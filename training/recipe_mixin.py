@@ -1,5 +1,6 @@
 """What a trainer does for its recipe; what a recipe is stands in recipes/base.py."""
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from molora.errors import CheckpointError, TrainingError
 from molora.training.mixture import TaskMixture
 from molora.training.recipes import RECIPES, Recipe, RecipeConfig
 from molora.training.sampling import MixtureSampler
+
+logger = logging.getLogger(__name__)
 
 _OWN_WAYS = ("lomo", "layerwise", "schedule_free")
 """Optimizers that take gradients as they come, or keep weights that they average."""
@@ -92,6 +95,12 @@ class RecipeMixin(Trainer):
             raise TrainingError(
                 f"{where} gives some parameters optimizer settings of their own, which "
                 "does not go with an optimizer of your own; leave that out"
+            )
+        if self.args.load_best_model_at_end:
+            logger.warning(
+                "load_best_model_at_end: the best checkpoint may be one from before %s "
+                "was done, with more ranks or other masks than it ends with",
+                where,
             )
         share = self.recipe.held_share()
         if share:

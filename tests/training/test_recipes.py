@@ -180,6 +180,17 @@ def test_a_second_run_begins_anew(tiny_llama: Factory, tmp_path: Path) -> None:
     assert chosen == [48 - trainer.recipe.budget(step) for step in (4, 6, 8, 9)]
 
 
+def test_a_checkpoint_from_before_the_end_is_warned_of(
+    tiny_llama: Factory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made(tiny_llama, tmp_path)
+    assert not caplog.text
+    trainer = made(tiny_llama, tmp_path)
+    trainer.args.load_best_model_at_end = True
+    trainer.set_up_recipe(trainer.settings.recipe)
+    assert "may be one from before recipe 'adalora' was done" in caplog.text
+
+
 def test_another_model(tiny_llama: Factory, tmp_path: Path) -> None:
     trainer = made(tiny_llama, tmp_path)
     trainer.model = trainer.model_wrapped = wrapped(tiny_llama(), EXPERTS, TOP2)
